@@ -1,0 +1,87 @@
+"""What a stream is configured by: network, geometry and denoising steps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
+from hfjax.models.geometry import Geometry
+from hfjax.models.presets import WanConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+  """Static description of a stream; hashable, so that it may be a static argument of jit.
+
+  steps: denoising steps, 1000 first; with `warp` they index the schedule (spec section 6.2), else
+    they are timesteps as they stand.
+  shift: time shift of the schedule.
+  context_timestep: time at which clean latents are committed.
+  dtype: compute dtype, "float32" or "bfloat16"; parameters stay as they are.
+  remat: recompute blocks in backward passes.
+
+  Raises ValueError on combinations that cannot work.
+  """
+
+  model: WanConfig
+  geometry: Geometry
+  steps: tuple[float, ...] = (1000, 750, 500, 250)
+  warp: bool = True
+  shift: float = 5.0
+  context_timestep: float = 0.0
+  dtype: str = "float32"
+  remat: bool = False
+
+  def __post_init__(self):
+    if self.model.patch != self.geometry.patch:
+      raise ValueError(f"The model's patch is {self.model.patch} and the geometry's "
+                       f"{self.geometry.patch}; make them equal.")
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"The compute dtype is {self.dtype!r}; choose float32 or bfloat16.")
+    object.__setattr__(self, "steps", tuple(self.steps))
+    if not self.steps:
+      raise ValueError("The list of denoising steps is empty; give at least one, such as 1000.")
+    times = self.timesteps  # checks warped steps
+    if any(not 0 < t <= TRAIN_TIMESTEPS for t in times):
+      raise ValueError(f"The denoising steps {list(self.steps)} give the timesteps {list(times)}, "
+                       f"which must lie in (0, {TRAIN_TIMESTEPS}].")
+    if any(a <= b for a, b in zip(times, times[1:], strict=False)):
+      raise ValueError(f"The denoising steps {list(self.steps)} do not descend; order them from "
+                       "noisy to clean.")
+    if self.has_memory:
+      self.geometry.check_memory()
+
+  @property
+  def has_memory(self) -> bool:
+    """Whether frames that leave the window are kept in a linear memory."""
+    return self.model.linear and not self.geometry.semantics.dense
+
+  @property
+  def compute_dtype(self):
+    """The compute dtype as a JAX type."""
+    return jnp.dtype(self.dtype)
+
+  @functools.cached_property
+  def schedule(self) -> FlowSchedule:
+    """The flow-matching schedule."""
+    return FlowSchedule(self.shift)
+
+  @functools.cached_property
+  def timesteps(self) -> tuple[float, ...]:
+    """Timesteps of the denoising steps, each an exact float32."""
+    if self.warp:
+      return self.schedule.warp(self.steps)
+    return tuple(float(np.float32(t)) for t in self.steps)
+
+  @functools.cached_property
+  def sigmas(self) -> tuple[float, ...]:
+    """Noise level of each denoising step, and 0 behind the last."""
+    table = self.schedule
+    index = [int(np.argmin(np.abs(table.timesteps - np.float32(t)))) for t in self.timesteps]
+    return (*(float(table.sigmas[i]) for i in index), 0.0)
+
+
+jax.tree_util.register_static(StreamConfig)
