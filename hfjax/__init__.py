@@ -1,0 +1,1 @@
+"""Streaming video generation with hybrid attention, in JAX."""

@@ -6,19 +6,19 @@ dimension, q query blocks, n key blocks, k listed blocks.
 
 from pallas_kernels.attention import BACKENDS, block_sparse_attention
 from pallas_kernels.block_map import (
-    block_map,
-    block_means,
-    center_keys,
-    kept_counts,
-    num_blocks,
+  block_map,
+  block_means,
+  center_keys,
+  kept_counts,
+  num_blocks,
 )
 
 __all__ = [
-    "BACKENDS",
-    "block_map",
-    "block_means",
-    "block_sparse_attention",
-    "center_keys",
-    "kept_counts",
-    "num_blocks",
+  "BACKENDS",
+  "block_map",
+  "block_means",
+  "block_sparse_attention",
+  "center_keys",
+  "kept_counts",
+  "num_blocks",
 ]

@@ -12,20 +12,20 @@ BACKENDS: dict[str, Callable] = {"xla": xla.attention}
 
 
 def block_sparse_attention(
-    q: Float[Array, "b s h d"],
-    k: Float[Array, "b s h d"],
-    v: Float[Array, "b s h d"],
-    block_index: Int[Array, "b h q k"],
-    block_count: Int[Array, "b h q"] | None = None,
-    *,
-    scale: float | None = None,
-    length: Int[Array, "b"] | None = None,
-    past_k: Float[Array, "b s h d"] | None = None,
-    past_v: Float[Array, "b s h d"] | None = None,
-    past_length: Int[Array, "b"] | None = None,
-    block_q: int = 64,
-    block_k: int = 64,
-    backend: str = "auto",
+  q: Float[Array, "b s h d"],
+  k: Float[Array, "b s h d"],
+  v: Float[Array, "b s h d"],
+  block_index: Int[Array, "b h q k"],
+  block_count: Int[Array, "b h q"] | None = None,
+  *,
+  scale: float | None = None,
+  length: Int[Array, "b"] | None = None,
+  past_k: Float[Array, "b s h d"] | None = None,
+  past_v: Float[Array, "b s h d"] | None = None,
+  past_length: Int[Array, "b"] | None = None,
+  block_q: int = 64,
+  block_k: int = 64,
+  backend: str = "auto",
 ) -> Float[Array, "b s h d"]:
   """Softmax attention of each query block to its listed key blocks only.
 
@@ -51,21 +51,27 @@ def block_sparse_attention(
     blocks += num_blocks(past_k.shape[1], block_k)
     buffers += [("past_k", past_k), ("past_v", past_v)]
     if past_k.shape[1] != past_v.shape[1]:
-      raise ValueError(f"past_k holds {past_k.shape[1]} tokens and past_v {past_v.shape[1]}; they "
-                       "must be equal.")
+      raise ValueError(
+        f"past_k holds {past_k.shape[1]} tokens and past_v {past_v.shape[1]}; they must be equal."
+      )
   if k.shape[1] != v.shape[1]:
     raise ValueError(f"k holds {k.shape[1]} tokens and v {v.shape[1]}; they must be equal.")
   for name, x in buffers:
     if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (b, h, d):
-      raise ValueError(f"q has shape {q.shape} and {name} {x.shape}; batch, heads and head dimension "
-                       "must agree ([batch, length, heads, dim]).")
+      raise ValueError(
+        f"q has shape {q.shape} and {name} {x.shape}; batch, heads and head dimension "
+        "must agree ([batch, length, heads, dim])."
+      )
   want = (b, h, num_blocks(s, block_q))
   if block_index.ndim != 4 or block_index.shape[:3] != want:
-    raise ValueError(f"block_index has shape {block_index.shape}; {s} queries in blocks of {block_q} "
-                     f"need {want} lists.")
+    raise ValueError(
+      f"block_index has shape {block_index.shape}; {s} queries in blocks of {block_q} "
+      f"need {want} lists."
+    )
   if block_index.shape[3] > blocks:
-    raise ValueError(f"block_index lists {block_index.shape[3]} blocks of keys, and there are only "
-                     f"{blocks}.")
+    raise ValueError(
+      f"block_index lists {block_index.shape[3]} blocks of keys, and there are only {blocks}."
+    )
   if block_count is None:
     block_count = jnp.full(want, block_index.shape[3], jnp.int32)
   else:
@@ -73,8 +79,17 @@ def block_sparse_attention(
   if backend != "auto" and backend not in BACKENDS:
     raise ValueError(f"Unknown backend {backend!r}; choose auto or one of {', '.join(BACKENDS)}.")
   call = BACKENDS["xla" if backend == "auto" else backend]
-  return call(q, k, v, block_index, block_count, scale=d**-0.5 if scale is None else scale,
-              length=length, past_k=past_k, past_v=past_v, past_length=past_length,
-              block_q=block_q, block_k=block_k)
-
-
+  return call(
+    q,
+    k,
+    v,
+    block_index,
+    block_count,
+    scale=d**-0.5 if scale is None else scale,
+    length=length,
+    past_k=past_k,
+    past_v=past_v,
+    past_length=past_length,
+    block_q=block_q,
+    block_k=block_k,
+  )

@@ -27,8 +27,9 @@ def kept_counts(ratio: float, *tokens: Sequence[int], block: int = 64) -> np.nda
   return np.array([min(max(1, int(ratio * n)), max(1, n)) for n in blocks], np.int32)
 
 
-def center_keys(k: Float[Array, "b s h d"], center: str = "none",
-                length: Int[Array, "b"] | None = None) -> Float[Array, "b s h d"]:
+def center_keys(
+  k: Float[Array, "b s h d"], center: str = "none", length: Int[Array, "b"] | None = None
+) -> Float[Array, "b s h d"]:
   """Keys as the block map scores them: "none" as they are, "heads" less each token's mean over
   heads, "sequence" less each head's mean over the first `length` tokens (which changes no choice).
 
@@ -41,14 +42,17 @@ def center_keys(k: Float[Array, "b s h d"], center: str = "none",
     mean = x.mean(axis=2, keepdims=True)
   elif center == "sequence":
     valid = _valid(k.shape[0], k.shape[1], length)[..., None, None]
-    mean = jnp.where(valid, x, 0).sum(1, keepdims=True) / jnp.maximum(valid.sum(1, keepdims=True), 1)
+    mean = jnp.where(valid, x, 0).sum(1, keepdims=True) / jnp.maximum(
+      valid.sum(1, keepdims=True), 1
+    )
   else:
     raise ValueError(f"Unknown centring {center!r}; choose none, heads or sequence.")
   return (x - mean).astype(k.dtype)
 
 
-def block_means(x: Float[Array, "b s h d"], block: int = 64,
-                length: Int[Array, "b"] | None = None) -> Float[Array, "b h n d"]:
+def block_means(
+  x: Float[Array, "b s h d"], block: int = 64, length: Int[Array, "b"] | None = None
+) -> Float[Array, "b h n d"]:
   """Mean of each block over its valid tokens, the first `length`; zero where there are none.
 
   Summed in float32, rounded to the dtype of `x`.
@@ -65,11 +69,11 @@ def block_means(x: Float[Array, "b s h d"], block: int = 64,
 
 
 def block_map(
-    q_means: Float[Array, "b h q d"],
-    k_means: Float[Array, "b h n d"],
-    most: int,
-    count: Int[Array, "b"] | None = None,
-    valid: Bool[Array, "b n"] | None = None,
+  q_means: Float[Array, "b h q d"],
+  k_means: Float[Array, "b h n d"],
+  most: int,
+  count: Int[Array, "b"] | None = None,
+  valid: Bool[Array, "b n"] | None = None,
 ) -> tuple[Int[Array, "b h q k"], Int[Array, "b h q"]]:
   """Lists the key blocks that score best for each query block, best first.
 

@@ -1,9 +1,9 @@
 """Compares hfjax with golden numbers of the published code: `python tools/parity.py DIR`.
 
 Each file of the folder is a case; its README tells the format. A case is rebuilt from the
-configuration, parameters and inputs that its file holds, run in float32 on the CPU, and every stored
-output gets one row: case, array, largest error, allowed error, verdict. Verdicts are ok, FAIL,
-information (not judged) and "not covered" (no code of ours answers it yet).
+configuration, parameters and inputs that its file holds, run in float32 on the CPU, and every
+stored output gets one row: case, array, largest error, allowed error, verdict. Verdicts are ok,
+FAIL, information (not judged) and "not covered" (no code of ours answers it yet).
 
 Exit status: 0 if nothing failed, 1 if a row failed, 2 with a sentence if the folder cannot be read
 or the case is unknown.
@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -52,7 +52,7 @@ UNBOUNDED_WINDOW = 32_760
 INFORMATION = ("min_topk_margin", "kept_fraction", "cache_local_global_end")
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
   """A sentence for the user; exit status 2."""
 
 
@@ -73,13 +73,17 @@ class Golden:
         self.arrays = {k: file[k] for k in file.files}
       self.cfg: dict[str, Any] = json.loads(str(self.arrays.pop("cfg")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-      raise Unreadable(f"{path} is no golden file that can be read ({e}); make it anew, in the format "
-                       "of the goldens' README.") from e
+      raise UnreadableError(
+        f"{path} is no golden file that can be read ({e}); make it anew, in the format "
+        "of the goldens' README."
+      ) from e
     self.compared: set[str] = set()
 
   def __getitem__(self, key: str) -> np.ndarray:
     if key not in self.arrays:
-      raise Unreadable(f"{self.name} lacks the array {key}, which this case needs; make the file anew.")
+      raise UnreadableError(
+        f"{self.name} lacks the array {key}, which this case needs; make the file anew."
+      )
     return self.arrays[key]
 
   def has(self, key: str) -> bool:
@@ -87,7 +91,9 @@ class Golden:
 
   def setting(self, key: str) -> Any:
     if key not in self.cfg:
-      raise Unreadable(f"{self.name} lacks {key} in cfg, which this case needs; make the file anew.")
+      raise UnreadableError(
+        f"{self.name} lacks {key} in cfg, which this case needs; make the file anew."
+      )
     return self.cfg[key]
 
   def params(self) -> dict[str, np.ndarray]:
@@ -100,12 +106,14 @@ class Golden:
   def close_to_magnitude(self, key: str, got: Any) -> Iterator[Row]:
     """Largest absolute difference against a share of the array's largest magnitude."""
     yield from self._judge(
-        key, got, lambda g, w: (np.abs(g - w).max(initial=0), MAGNITUDE * np.abs(w).max(initial=0)))
+      key, got, lambda g, w: (np.abs(g - w).max(initial=0), MAGNITUDE * np.abs(w).max(initial=0))
+    )
 
   def close_to_norm(self, key: str, got: Any) -> Iterator[Row]:
     """Norm of the difference over the array's norm."""
     yield from self._judge(
-        key, got, lambda g, w: (np.linalg.norm(g - w) / np.linalg.norm(w), GRADIENT))
+      key, got, lambda g, w: (np.linalg.norm(g - w) / np.linalg.norm(w), GRADIENT)
+    )
 
   def equal(self, key: str, got: Any) -> Iterator[Row]:
     """Equal to the last bit."""
@@ -117,11 +125,14 @@ class Golden:
     self.compared.add(key)
     got, want = np.asarray(got, np.float64), self.arrays[key].astype(np.float64)
     if got.shape != want.shape:
-      raise Unreadable(f"{self.name} holds {key} of shape {want.shape}, and its configuration gives "
-                       f"{got.shape}; make the file anew.")
+      raise UnreadableError(
+        f"{self.name} holds {key} of shape {want.shape}, and its configuration gives "
+        f"{got.shape}; make the file anew."
+      )
     error, allowed = measure(got, want)
-    yield Row(key.removeprefix("out/"), float(error), float(allowed),
-              "ok" if error <= allowed else "FAIL")
+    yield Row(
+      key.removeprefix("out/"), float(error), float(allowed), "ok" if error <= allowed else "FAIL"
+    )
 
   def rest(self) -> Iterator[Row]:
     """Outputs that no comparison asked for."""
@@ -150,11 +161,17 @@ def halves_to_pairs(x: Any) -> np.ndarray:
 
 
 def schedule(g: Golden) -> Iterator[Row]:
-  expected = {"sigma_min": 0.0, "sigma_max": 1.0, "extra_one_step": True,
-              "num_train_timesteps": TRAIN_TIMESTEPS}
+  expected = {
+    "sigma_min": 0.0,
+    "sigma_max": 1.0,
+    "extra_one_step": True,
+    "num_train_timesteps": TRAIN_TIMESTEPS,
+  }
   for key, value in expected.items():
     if g.cfg.get(key, value) != value:
-      raise Unreadable(f"{g.name} has {key} {g.cfg[key]}; hfjax's schedule is made for {value}.")
+      raise UnreadableError(
+        f"{g.name} has {key} {g.cfg[key]}; hfjax's schedule is made for {value}."
+      )
   for entry in g.setting("shifts"):
     name = f"shift{entry['shift']:g}/"
     i, o = "in/" + name, "out/" + name
@@ -163,7 +180,9 @@ def schedule(g: Golden) -> Iterator[Row]:
     yield from g.close_to_magnitude(o + "sigmas", table.sigmas)
     yield from g.close_to_magnitude(o + "timesteps", table.timesteps)
     yield from g.close_to_magnitude(o + "training_weights", table.training_weights)
-    yield from g.close_to_magnitude(o + "warped_steps", table.warp(g[i + "denoising_steps"].tolist()))
+    yield from g.close_to_magnitude(
+      o + "warped_steps", table.warp(g[i + "denoising_steps"].tolist())
+    )
     yield from g.equal(o + "timestep_id", table.index(t))
     yield from g.close_to_magnitude(o + "training_weight_at_t", table.training_weight(t))
     yield from g.close_to_magnitude(o + "noisy", table.add_noise(clean, noise, t))
@@ -199,8 +218,10 @@ def embeddings(g: Golden) -> Iterator[Row]:
       for k, name in enumerate(("cos", "sin")):
         table = jnp.concatenate([p[k] for p in parts], axis=-1)
         yield from g.close(f"out/rope{n}_freq_{name}", table, EMBEDDING)
-    for key, start in ((f"out/rope{n}", 0),
-                       *((f"out/rope{n}_start{s}", s) for s in g.setting("starts"))):
+    for key, start in (
+      (f"out/rope{n}", 0),
+      *((f"out/rope{n}_start{s}", s) for s in g.setting("starts")),
+    ):
       at = jnp.broadcast_to(start + jnp.arange(frames), (x.shape[0], frames))
       rotation = rope.grid_rotation(at, tuple(grid), d)
       tokens = rotation.cos.shape[1]
@@ -217,16 +238,22 @@ def block_sparse(g: Golden) -> Iterator[Row]:
       kept = int(pallas_kernels.kept_counts(ratio, [k.shape[1]], block=block)[0])
       for layout, center in (("bsld", "heads"), ("bhld", "sequence")):
         o = f"out/{case['name']}/ratio{ratio:g}/{layout}/"
-        means = [pallas_kernels.block_means(x, block)
-                 for x in (q, pallas_kernels.center_keys(k, center))]
+        means = [
+          pallas_kernels.block_means(x, block) for x in (q, pallas_kernels.center_keys(k, center))
+        ]
         index, count = pallas_kernels.block_map(*means, kept)
         chosen = np.zeros((*index.shape[:3], means[1].shape[2]), np.int8)
         np.put_along_axis(chosen, np.asarray(index), 1, axis=-1)
         yield from g.equal(o + "real_topk", [kept])
         yield from g.equal(o + "block_map", chosen)
         yield from g.equal(o + "lut_sorted", np.sort(index, axis=-1))
-        attend = partial(pallas_kernels.block_sparse_attention, block_index=index,
-                         block_count=count, block_q=block, block_k=block)
+        attend = partial(
+          pallas_kernels.block_sparse_attention,
+          block_index=index,
+          block_count=count,
+          block_q=block,
+          block_k=block,
+        )
         out, back = jax.vjp(lambda *a, attend=attend: attend(*a), q, k, v)
         turn = (0, 1, 2, 3) if layout == "bsld" else (0, 2, 1, 3)
         yield from g.close(o + "out", out.transpose(turn), SPARSE)
@@ -249,7 +276,7 @@ def wan_bidirectional(g: Golden) -> Iterator[Row]:
     context = np.zeros((x.shape[0], config.text_len, config.text_dim), np.float32)
     for n in range(x.shape[0]):
       rows = g[f"{i}context{n}"]
-      context[n, :rows.shape[0]] = rows
+      context[n, : rows.shape[0]] = rows
     forward = jax.jit(lambda p, x=x, t=g[i + "t"], c=context: wan.predict_flow(config, p, x, t, c))
     flow, back = jax.vjp(forward, params)
     yield from g.close(o + "flow", rearrange(flow, "b f y x c -> b c f y x"), FORWARD)
@@ -268,7 +295,8 @@ class Rollout:
     self.context = jnp.asarray(g["in/prompt_embeds"])
     self.noise = ours(g["in/noise"])
     self.state = streaming.init_state(
-        self.config, wan.text_keys(network, self.params, self.context))
+      self.config, wan.text_keys(network, self.params, self.context)
+    )
     self._begin = jax.jit(streaming.begin_chunk, static_argnums=(0, 2))
     self._denoise = jax.jit(stepping.denoise, static_argnums=0)
     self._commit = jax.jit(stepping.commit, static_argnums=0)
@@ -276,7 +304,7 @@ class Rollout:
   def begin(self, n: int) -> jax.Array:
     """Begins chunk n; its noise."""
     self.chunk = self._begin(self.config, self.state, self.frames)
-    return self.noise[:, n * self.frames:(n + 1) * self.frames]
+    return self.noise[:, n * self.frames : (n + 1) * self.frames]
 
   def flow(self, x: jax.Array, t: float) -> jax.Array:
     return self._denoise(self.config, self.params, self.chunk, x, self.times(x, t))
@@ -314,11 +342,24 @@ def causal_dense(g: Golden) -> Iterator[Row]:
     elif room >= window + sink:
       sink = 0
     elif room != window:
-      raise Unreadable(f"{g.name} has a cache of {room} frames for a window of {window} and a sink of "
-                       f"{sink}; hfjax follows caches of {window} or of {window + sink} and more.")
+      raise UnreadableError(
+        f"{g.name} has a cache of {room} frames for a window of {window} and a sink of "
+        f"{sink}; hfjax follows caches of {window} or of {window + sink} and more."
+      )
     height, width = g.setting("latent_hw")
-    r = Rollout(g, Geometry(height, width, chunk=g.setting("frames_per_chunk"), window=window,
-                            sink=sink, variant="reference_dense"), (times[0],), warp=False)
+    r = Rollout(
+      g,
+      Geometry(
+        height,
+        width,
+        chunk=g.setting("frames_per_chunk"),
+        window=window,
+        sink=sink,
+        variant="reference_dense",
+      ),
+      (times[0],),
+      warp=False,
+    )
     renoise = g["in/renoise"]
     renoise = renoise.reshape(chunks, len(times) - 2, r.frames, *renoise.shape[-3:])
     flows, finals = [], []
@@ -341,17 +382,25 @@ def causal_dense(g: Golden) -> Iterator[Row]:
 
 def hybrid_geometry(g: Golden, variant: str) -> Geometry:
   if g.cfg.get("rope_type", "relative") != "relative":
-    raise Unreadable(f"{g.name} has rope_type {g.cfg['rope_type']}; hfjax's hybrid variants are "
-                     "relative.")
+    raise UnreadableError(
+      f"{g.name} has rope_type {g.cfg['rope_type']}; hfjax's hybrid variants are relative."
+    )
   height, width = g.setting("latent_hw")
-  return Geometry(height, width, chunk=g.setting("frames_per_chunk"),
-                  window=g.setting("local_attn_size"), sink=g.setting("sink_size"),
-                  ratio=g.setting("sparse_percent"), variant=variant)
+  return Geometry(
+    height,
+    width,
+    chunk=g.setting("frames_per_chunk"),
+    window=g.setting("local_attn_size"),
+    sink=g.setting("sink_size"),
+    ratio=g.setting("sparse_percent"),
+    variant=variant,
+  )
 
 
 def hybrid_infer(g: Golden) -> Iterator[Row]:
-  r = Rollout(g, hybrid_geometry(g, "reference_infer"), tuple(g.setting("denoising_steps")),
-              g.setting("warp"))
+  r = Rollout(
+    g, hybrid_geometry(g, "reference_infer"), tuple(g.setting("denoising_steps")), g.setting("warp")
+  )
   times, chunks = r.config.timesteps, g.setting("chunks")
   flows, clean, memories, keys, values = [], [], [], [], []
   for n in range(chunks):
@@ -367,7 +416,7 @@ def hybrid_infer(g: Golden) -> Iterator[Row]:
     r.commit(x0)
     end = int(r.state.length[0])
     for cache, window in ((keys, r.state.k), (values, r.state.v)):
-      cache.extend(np.asarray(window[0, :, end - r.frames:end]).swapaxes(0, 1))
+      cache.extend(np.asarray(window[0, :, end - r.frames : end]).swapaxes(0, 1))
     flows.append(jnp.stack([calls[i] for i in g.setting("flow_steps_stored")]))
     clean.append(jnp.stack(x0s))
   yield from g.close_to_magnitude("out/timesteps", [*times, 0.0])
@@ -377,17 +426,20 @@ def hybrid_infer(g: Golden) -> Iterator[Row]:
   yield from memory_rows(g, memories)
   # The published cache keeps more frames than the window: the sink and the latest, from the front.
   room, sink = g.setting("cache_frames"), g.setting("sink_size")
-  for key, cache, turn in (("out/cache_k_layer0", keys, halves_to_pairs),
-                           ("out/cache_v_layer0", values, np.asarray)):
-    held = cache if len(cache) <= room else cache[:sink] + cache[len(cache) - (room - sink):]
+  for key, cache, turn in (
+    ("out/cache_k_layer0", keys, halves_to_pairs),
+    ("out/cache_v_layer0", values, np.asarray),
+  ):
+    held = cache if len(cache) <= room else cache[:sink] + cache[len(cache) - (room - sink) :]
     rows = turn(np.concatenate(held, axis=1))
     room_left = room * rows.shape[1] // len(held) - rows.shape[1]
     yield from g.close(key, np.pad(rows, ((0, 0), (0, room_left), (0, 0), (0, 0))), STATE)
 
 
 def hybrid_train(g: Golden) -> Iterator[Row]:
-  r = Rollout(g, hybrid_geometry(g, "reference_train"), tuple(g.setting("denoising_steps")),
-              g.setting("warp"))
+  r = Rollout(
+    g, hybrid_geometry(g, "reference_train"), tuple(g.setting("denoising_steps")), g.setting("warp")
+  )
   first, last = r.config.timesteps[0], r.config.timesteps[g.setting("exit_index")]
   flows, memories = [], []
   for n in range(g.setting("chunks")):
@@ -425,13 +477,13 @@ def memory_rows(g: Golden, memories: list) -> Iterator[Row]:
 
 # By the beginning of the file's name, so that a folder may hold several files of a kind.
 CASES = {
-    "schedule": schedule,
-    "embeddings": embeddings,
-    "block_sparse": block_sparse,
-    "wan_bidirectional": wan_bidirectional,
-    "causal_dense_rollout": causal_dense,
-    "hybrid_infer_rollout": hybrid_infer,
-    "hybrid_train_rollout": hybrid_train,
+  "schedule": schedule,
+  "embeddings": embeddings,
+  "block_sparse": block_sparse,
+  "wan_bidirectional": wan_bidirectional,
+  "causal_dense_rollout": causal_dense,
+  "hybrid_infer_rollout": hybrid_infer,
+  "hybrid_train_rollout": hybrid_train,
 }
 
 
@@ -441,15 +493,15 @@ def show(case: str, row: Row):
 
 
 def run(folder: Path, case: str | None) -> int:
-  """Prints the rows; the exit status, but for Unreadable."""
+  """Prints the rows; the exit status, but for UnreadableError."""
   if not folder.is_dir():
-    raise Unreadable(f"{folder} is no folder; give one that holds golden files (*.npz).")
+    raise UnreadableError(f"{folder} is no folder; give one that holds golden files (*.npz).")
   files = {p.stem: p for p in sorted(folder.glob("*.npz"))}
   if not files:
-    raise Unreadable(f"{folder} holds no golden files (*.npz); give a folder that does.")
+    raise UnreadableError(f"{folder} holds no golden files (*.npz); give a folder that does.")
   if case is not None:
     if case not in files:
-      raise Unreadable(f"There is no case {case!r} in {folder}; it holds {', '.join(files)}.")
+      raise UnreadableError(f"There is no case {case!r} in {folder}; it holds {', '.join(files)}.")
     files = {case: files[case]}
   failed = 0
   for name, path in files.items():
@@ -472,7 +524,7 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   try:
     return run(args.folder, args.case)
-  except (Unreadable, ValueError) as e:
+  except (UnreadableError, ValueError) as e:
     print(f"parity: {e}", file=sys.stderr)
     return 2
 

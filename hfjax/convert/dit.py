@@ -25,23 +25,46 @@ def config_from_original(cfg: Mapping[str, Any], linear: bool) -> WanConfig:
   linear: whether the checkpoint has the hybrid projection.
   Raises ValueError on a missing key or an architecture that hfjax does not have.
   """
-  need = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len",
-          "freq_dim", "patch_size")
+  need = (
+    "dim",
+    "ffn_dim",
+    "num_heads",
+    "num_layers",
+    "in_dim",
+    "out_dim",
+    "text_dim",
+    "text_len",
+    "freq_dim",
+    "patch_size",
+  )
   missing = [k for k in need if k not in cfg]
   if missing:
-    raise ValueError(f"The model's configuration lacks {', '.join(missing)}; give a Wan config.json.")
+    raise ValueError(
+      f"The model's configuration lacks {', '.join(missing)}; give a Wan config.json."
+    )
   if not cfg.get("qk_norm", True) or not cfg.get("cross_attn_norm", True):
-    raise ValueError("The model has no query/key norm or no cross-attention norm; every published Wan "
-                     "model has both, and hfjax supports only these.")
+    raise ValueError(
+      "The model has no query/key norm or no cross-attention norm; every published Wan "
+      "model has both, and hfjax supports only these."
+    )
   patch = tuple(cfg["patch_size"])
   if len(patch) != 3 or patch[0] != 1:
     raise ValueError(f"The patch is {patch}; hfjax takes (1, rows, columns), one frame deep.")
   return WanConfig(
-      dim=cfg["dim"], ffn_dim=cfg["ffn_dim"], heads=cfg["num_heads"], layers=cfg["num_layers"],
-      in_dim=cfg["in_dim"], out_dim=cfg["out_dim"], text_dim=cfg["text_dim"],
-      text_len=cfg["text_len"], freq_dim=cfg["freq_dim"], patch=patch[1:],
-      image_dim=1280 if cfg.get("model_type") == "i2v" else 0, linear=linear,
-      eps=cfg.get("eps", 1e-6))
+    dim=cfg["dim"],
+    ffn_dim=cfg["ffn_dim"],
+    heads=cfg["num_heads"],
+    layers=cfg["num_layers"],
+    in_dim=cfg["in_dim"],
+    out_dim=cfg["out_dim"],
+    text_dim=cfg["text_dim"],
+    text_len=cfg["text_len"],
+    freq_dim=cfg["freq_dim"],
+    patch=patch[1:],
+    image_dim=1280 if cfg.get("model_type") == "i2v" else 0,
+    linear=linear,
+    eps=cfg.get("eps", 1e-6),
+  )
 
 
 def from_original(config: WanConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -51,20 +74,25 @@ def from_original(config: WanConfig, tensors: Mapping[str, np.ndarray]) -> dict[
   """
   table = leaves(config)
   wanted = {s for leaf in table for name in leaf.sources for s in _expand(name, config.layers)}
-  _complain("are missing", wanted - tensors.keys())
-  _complain("are unexpected", tensors.keys() - wanted)
+  _complain("missing", wanted - tensors.keys())
+  _complain("unexpected", tensors.keys() - wanted)
   shapes = _shapes(config)
-  wrong = [f"{n} {list(tensors[n].shape)} instead of {list(shapes[n])}" for n in sorted(wanted)
-           if tuple(tensors[n].shape) != shapes[n]]
-  _complain("have another shape", wrong)
+  wrong = [
+    f"{n} {list(tensors[n].shape)} instead of {list(shapes[n])}"
+    for n in sorted(wanted)
+    if tuple(tensors[n].shape) != shapes[n]
+  ]
+  _complain("misshapen", wrong)
 
   params: dict[str, Any] = {}
   for leaf in table:
     layered = "{i}" in leaf.sources[0]
     parts = []
     for i in range(config.layers if layered else 1):
-      sources = [_fold(np.asarray(tensors[s.format(i=i)]), layout, config)
-                 for s, layout in zip(leaf.sources, leaf.layouts, strict=True)]
+      sources = [
+        _fold(np.asarray(tensors[s.format(i=i)]), layout, config)
+        for s, layout in zip(leaf.sources, leaf.layouts, strict=True)
+      ]
       parts.append(sources[0] if leaf.axis is None else np.stack(sources, axis=leaf.axis))
     _put(params, leaf.path, np.stack(parts) if layered else parts[0])
   return params
@@ -109,15 +137,21 @@ def _expand(name: str, layers: int) -> list[str]:
 def _shapes(c: WanConfig) -> dict[str, tuple[int, ...]]:
   """Shape of every original tensor, by name (spec section 11.1)."""
   widths = {
-      "patch_embedding": (c.dim, c.in_dim, 1, *c.patch),
-      "text_embedding.0": (c.dim, c.text_dim), "text_embedding.2": (c.dim, c.dim),
-      "time_embedding.0": (c.dim, c.freq_dim), "time_embedding.2": (c.dim, c.dim),
-      "time_projection.1": (6 * c.dim, c.dim), "head.head": (c.patch[0] * c.patch[1] * c.out_dim, c.dim),
-      "blocks.{i}.ffn.0": (c.ffn_dim, c.dim), "blocks.{i}.ffn.2": (c.dim, c.ffn_dim),
-      "blocks.{i}.self_attn.linear_proj": (c.head_dim, c.head_dim),
-      "img_emb.proj.0": (c.image_dim,), "img_emb.proj.1": (c.image_dim, c.image_dim),
-      "img_emb.proj.3": (c.dim, c.image_dim),
-      "blocks.{i}.modulation": (1, 6, c.dim), "head.modulation": (1, 2, c.dim),
+    "patch_embedding": (c.dim, c.in_dim, 1, *c.patch),
+    "text_embedding.0": (c.dim, c.text_dim),
+    "text_embedding.2": (c.dim, c.dim),
+    "time_embedding.0": (c.dim, c.freq_dim),
+    "time_embedding.2": (c.dim, c.dim),
+    "time_projection.1": (6 * c.dim, c.dim),
+    "head.head": (c.patch[0] * c.patch[1] * c.out_dim, c.dim),
+    "blocks.{i}.ffn.0": (c.ffn_dim, c.dim),
+    "blocks.{i}.ffn.2": (c.dim, c.ffn_dim),
+    "blocks.{i}.self_attn.linear_proj": (c.head_dim, c.head_dim),
+    "img_emb.proj.0": (c.image_dim,),
+    "img_emb.proj.1": (c.image_dim, c.image_dim),
+    "img_emb.proj.3": (c.dim, c.image_dim),
+    "blocks.{i}.modulation": (1, 6, c.dim),
+    "head.modulation": (1, 2, c.dim),
   }
   vectors = ("norm_q", "norm_k", "norm3", "norm_k_img", "img_emb.proj.4")
   shapes = {}
@@ -161,5 +195,8 @@ def _complain(what: str, tensors):
     return
   shown = sorted(tensors)
   more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-  raise ValueError(f"{len(shown)} tensors of the checkpoint {what}: {', '.join(shown[:_SHOWN])}{more}. "
-                   "Check that it holds the architecture that its configuration says.")
+  plural = "s" if len(shown) > 1 else ""
+  raise ValueError(
+    f"The checkpoint has {len(shown)} {what} tensor{plural}: {', '.join(shown[:_SHOWN])}{more}. "
+    "Check that it holds the architecture that its configuration says."
+  )

@@ -103,7 +103,7 @@ class FlowSchedule:
     change = sigma_next - jnp.asarray(self.sigmas)[index]
     return _f32(x_t) + _f32(flow) * _trailing(change, x_t)
 
-  def warp(self, steps: Sequence[int]) -> tuple[float, ...]:
+  def warp(self, steps: Sequence[float]) -> tuple[float, ...]:
     """Maps nominal steps (1000 first, 0 last) to timesteps of this schedule, each exact float32.
 
     Raises ValueError on a step outside the table.
@@ -112,8 +112,9 @@ class FlowSchedule:
     for s in steps:
       if int(s) != s or not 0 <= s <= self.steps:
         raise ValueError(
-            f"Denoising step {s} is no whole number from 0 to {self.steps}; warped steps index "
-            f"the schedule's {self.steps} entries. Give whole numbers, or turn warping off.")
+          f"Denoising step {s} is no whole number from 0 to {self.steps}; warped steps index "
+          f"the schedule's {self.steps} entries. Give whole numbers, or turn warping off."
+        )
     return tuple(float(table[self.steps - int(s)]) for s in steps)
 
 

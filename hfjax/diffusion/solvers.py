@@ -55,22 +55,21 @@ class MultistepSolver:
   @functools.cached_property
   def sigmas(self) -> np.ndarray:
     """Noise levels before each step and after the last, float64 `[steps + 1]`, ending in 0."""
-    # UniPC starts at the largest noise level below one of a table of 1000.
-    start = 1 - 1 / TRAIN_TIMESTEPS if self.kind == "unipc" else 1.0
+    # UniPC starts at the largest noise level below one of a single-precision table of 1000.
+    start = float(np.float32(1 - 1 / TRAIN_TIMESTEPS)) if self.kind == "unipc" else 1.0
     grid = np.linspace(start, 0.0, self.steps + 1)[:-1]
     return np.append(shift_sigmas(grid, self.shift), 0.0)
 
   @functools.cached_property
   def timesteps(self) -> np.ndarray:
     """What the network is told at each step, int32 `[steps]`: 1000 sigma, truncated."""
-    # The last product is rounded to float32 first: 1000 sigma must not fall just below a whole
-    # number that single precision would reach.
-    return (self.sigmas[:-1].astype(np.float32) * np.float32(TRAIN_TIMESTEPS)).astype(np.int32)
+    return (self.sigmas[:-1] * TRAIN_TIMESTEPS).astype(np.int32)
 
   @functools.cached_property
   def _coefficients(self) -> np.ndarray:
     """float32 `[steps, 8]`: corrector weights of (x, x_last, m, m_last, m_before), then
-    predictor weights of (x, m, m_last)."""
+    predictor weights of (x, m, m_last).
+    """
     table = np.zeros((self.steps, 8))
     make = _unipc_row if self.kind == "unipc" else _dpm_row
     for i in range(self.steps):
@@ -88,8 +87,9 @@ class MultistepSolver:
     c = jnp.asarray(self._coefficients)[i]
     sigma = jnp.asarray(self.sigmas.astype(np.float32))[i]
     m = state.x - sigma * flow.astype(jnp.float32)
-    x = (c[0] * state.x + c[1] * state.x_last + c[2] * m + c[3] * state.m_last +
-         c[4] * state.m_before)
+    x = (
+      c[0] * state.x + c[1] * state.x_last + c[2] * m + c[3] * state.m_last + c[4] * state.m_before
+    )
     x_next = c[5] * x + c[6] * m + c[7] * state.m_last
     return SolverState(x_next, x, m, state.m_last)
 
@@ -100,7 +100,7 @@ def guide(conditional: Array, unconditional: Array, scale: float) -> Array:
 
 
 def _log_snr(sigma: float) -> float:
-  """lambda = ln(1 - sigma) - ln(sigma); infinite at both ends."""
+  """Lambda = ln(1 - sigma) - ln(sigma); infinite at both ends."""
   with np.errstate(divide="ignore"):
     return float(np.log1p(-sigma) - np.log(sigma))
 
@@ -146,8 +146,7 @@ def _unipc_row(sigmas: np.ndarray, i: int, steps: int) -> list[float]:
       r = -_ratio(sigmas, i - 1, h)
       e = np.expm1(-h)
       g1 = e / -h - 1
-      rho, rho_last = np.linalg.solve(
-          [[1.0, 1.0], [r, 1.0]], [g1 / e, 2 * (g1 / -h - 0.5) / e])
+      rho, rho_last = np.linalg.solve([[1.0, 1.0], [r, 1.0]], [g1 / e, 2 * (g1 / -h - 0.5) / e])
     # gain ( rho (m_before - m_last) / r + rho_last (m - m_last) ), added to the first order.
     m_before += gain * rho / r
     m += gain * rho_last

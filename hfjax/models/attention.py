@@ -1,7 +1,8 @@
 """What self-attention is given to look at: whole clips, causal training, or a stream's window.
 
-A strategy is a small frozen object `attend(q, k, v, past, shared, variant...)`. The network projects and normalises q, k and v,
-calls it, and projects what comes back; it does not know which strategy it serves.
+A strategy is a small frozen object, called as `attend(q, k, v, past, shared)`. The network projects
+and normalises q, k and v, calls it, and projects what comes back; it does not know which strategy
+it serves.
 """
 
 import dataclasses
@@ -23,8 +24,12 @@ class Attend(Protocol):
   """Strategy of self-attention."""
 
   def __call__(
-      self, q: Float[Array, "b s h d"], k: Float[Array, "b s h d"], v: Float[Array, "b s h d"],
-      past: Any, shared: Any,
+    self,
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b s h d"],
+    v: Float[Array, "b s h d"],
+    past: Any,
+    shared: Any,
   ) -> tuple[Float[Array, "b s h d"], "Recalled | None"]:
     """Attends with unrotated q, k and v.
 
@@ -41,8 +46,12 @@ class Recalled(NamedTuple):
   present: Bool[Array, "b"]  # whether the memory holds anything; else the branch adds nothing
 
 
-def dense(q: Float[Array, "b s h d"], k: Float[Array, "b s h d"], v: Float[Array, "b s h d"],
-          length: Int[Array, "b"] | None = None) -> Float[Array, "b s h d"]:
+def dense(
+  q: Float[Array, "b s h d"],
+  k: Float[Array, "b s h d"],
+  v: Float[Array, "b s h d"],
+  length: Int[Array, "b"] | None = None,
+) -> Float[Array, "b s h d"]:
   """Softmax attention to the first `length` keys (all by default); softmax in float32.
 
   Half precision on a GPU goes to cuDNN.
@@ -50,7 +59,8 @@ def dense(q: Float[Array, "b s h d"], k: Float[Array, "b s h d"], v: Float[Array
   half = q.dtype in (jnp.bfloat16, jnp.float16)
   fused = half and jax.default_backend() == "gpu"
   return jax.nn.dot_product_attention(
-      q, k, v, key_value_seq_lengths=length, implementation="cudnn" if fused else "xla")
+    q, k, v, key_value_seq_lengths=length, implementation="cudnn" if fused else "xla"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +86,7 @@ class ClipAttention:
     tokens = q.shape[1] // self.frames
 
     def take(x, span):
-      return x[:, span[0] * tokens:span[1] * tokens]
+      return x[:, span[0] * tokens : span[1] * tokens]
 
     out = []
     for queries, keys in self.plan:
@@ -114,8 +124,9 @@ class WindowAttention:
     g = self.geometry
     recalled = None
     if past.memory is not None:
-      recalled = Recalled(linear.recall(past.memory, q, shared.query, g.semantics),
-                          shared.absorbed > 0)
+      recalled = Recalled(
+        linear.recall(past.memory, q, shared.query, g.semantics), shared.absorbed > 0
+      )
     q = rope.rotate(q, shared.query)
     if shared.stored is not None:
       k = rope.rotate(k, shared.stored)
@@ -146,15 +157,18 @@ class WindowAttention:
       older = {"past_k": past.k, "past_v": past.v, "past_length": length}
     index, count = pallas_kernels.block_map(queries, means, int(table.max()), count, valid)
     return pallas_kernels.block_sparse_attention(
-        q, k, v, index, count, block_q=g.block, block_k=g.block, **older)
+      q, k, v, index, count, block_q=g.block, block_k=g.block, **older
+    )
 
 
-def append(past: Float[Array, "b s h d"], x: Float[Array, "b s h d"],
-           length: Int[Array, "b"]) -> Float[Array, "b s h d"]:
+def append(
+  past: Float[Array, "b s h d"], x: Float[Array, "b s h d"], length: Int[Array, "b"]
+) -> Float[Array, "b s h d"]:
   """Puts `x` right behind the first `length` tokens of `past`; what follows is not valid."""
   room = jnp.concatenate([past, jnp.zeros_like(x)], axis=1)
   return jax.vmap(lambda r, y, n: jax.lax.dynamic_update_slice_in_dim(r, y, n, axis=0))(
-      room, x, length)
+    room, x, length
+  )
 
 
 def _valid_blocks(means: Float[Array, "b h n d"], length: Int[Array, "b"], block: int):

@@ -1,7 +1,6 @@
 """Sizes and semantics of streaming, from which every other size derives."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -34,15 +33,24 @@ class Variant:
   split_blocks: bool = True
 
 
-_HYBRID_REFERENCE = Variant("reference_train", map_memory_keys=False, absorb_sink=True,
-                            center_blocks="heads", split_blocks=False)
-VARIANTS = {v.name: v for v in (
+_HYBRID_REFERENCE = Variant(
+  "reference_train",
+  map_memory_keys=False,
+  absorb_sink=True,
+  center_blocks="heads",
+  split_blocks=False,
+)
+VARIANTS = {
+  v.name: v
+  for v in (
     Variant("paper"),
     _HYBRID_REFERENCE,
-    dataclasses.replace(_HYBRID_REFERENCE, name="reference_infer", map_memory_query=False,
-                        rotate_first_chunk=True),
+    dataclasses.replace(
+      _HYBRID_REFERENCE, name="reference_infer", map_memory_query=False, rotate_first_chunk=True
+    ),
     Variant("reference_dense", dense=True),
-)}
+  )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +91,22 @@ class Geometry:
     if self.block < 1:
       raise ValueError(f"The attention block is {self.block} tokens; it needs at least 1.")
     if not 0 < self.ratio <= 1:
-      raise ValueError(f"The kept ratio of key blocks is {self.ratio}; it must lie in (0, 1], where "
-                       "1 keeps all.")
+      raise ValueError(
+        f"The kept ratio of key blocks is {self.ratio}; it must lie in (0, 1], where 1 keeps all."
+      )
     if self.window == -1:
       object.__setattr__(self, "window", self.rope_cap)
     if self.window < self.sink + self.chunk:
       raise ValueError(
-          f"The window of {self.window} frames cannot hold the sink of {self.sink} and a chunk of "
-          f"{self.chunk}; make the window at least {self.sink + self.chunk}, or sink or chunk "
-          "smaller.")
+        f"The window of {self.window} frames cannot hold the sink of {self.sink} and a chunk of "
+        f"{self.chunk}; make the window at least {self.sink + self.chunk}, or sink or chunk "
+        "smaller."
+      )
     if not self.semantics.dense and self.window > self.rope_cap:
       raise ValueError(
-          f"The window of {self.window} frames is longer than the rotary cap of {self.rope_cap}; "
-          f"make the window at most {self.rope_cap}, or raise rope_cap.")
+        f"The window of {self.window} frames is longer than the rotary cap of {self.rope_cap}; "
+        f"make the window at most {self.rope_cap}, or raise rope_cap."
+      )
 
   @property
   def semantics(self) -> Variant:
@@ -132,21 +143,23 @@ class Geometry:
     need = self.previous + 2 * self.chunk
     if not self.semantics.dense and need > self.rope_cap:
       raise ValueError(
-          f"Frames that leave the window of {self.window} would lie before position 0: with a sink "
-          f"of {self.sink} and chunks of {self.chunk}, the linear memory needs a rotary cap of at "
-          f"least {need} frames, and it is {self.rope_cap}. Make the window smaller or the cap "
-          "larger.")
+        f"Frames that leave the window of {self.window} would lie before position 0: with a sink "
+        f"of {self.sink} and chunks of {self.chunk}, the linear memory needs a rotary cap of at "
+        f"least {need} frames, and it is {self.rope_cap}. Make the window smaller or the cap "
+        "larger."
+      )
 
   def num_chunks(self, frames: int) -> int:
     """Chunks that make up `frames`; ValueError unless they fill whole chunks."""
     if frames < 1 or frames % self.chunk:
       below = frames // self.chunk * self.chunk
       near = f"{below} or {below + self.chunk}" if below > 0 else f"{self.chunk}"
-      raise ValueError(f"{frames} frames were asked for, which is no positive multiple of the chunk "
-                       f"of {self.chunk}; ask for {near}.")
+      raise ValueError(
+        f"{frames} frames were asked for, which is no positive multiple of the chunk "
+        f"of {self.chunk}; ask for {near}."
+      )
     return frames // self.chunk
 
-  @functools.lru_cache
   def kept_blocks(self, frames: int) -> np.ndarray:
     """Key blocks kept in a chunk of `frames`, int32 `[past + 1]`, by valid past frames.
 
@@ -164,8 +177,9 @@ def check_grid(height: int, width: int, patch: tuple[int, int]):
   for name, size, step in (("rows", height, patch[0]), ("columns", width, patch[1])):
     if size < 1 or size % step:
       raise ValueError(
-          f"The latent has {size} {name}, which the patch of {step} does not divide; use a positive "
-          f"multiple of {step} (in pixels, of {8 * step} with the Wan VAE).")
+        f"The latent has {size} {name}, which the patch of {step} does not divide; use a positive "
+        f"multiple of {step} (in pixels, of {8 * step} with the Wan VAE)."
+      )
 
 
 jax.tree_util.register_static(Geometry)

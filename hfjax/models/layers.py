@@ -38,8 +38,8 @@ class SharedInputs(NamedTuple):
 
   modulation: Float[Array, "b g six m"]  # g: one for all frames, or one per frame
   attend: Any
-  text: Float[Array, "b t m"] | None = None  # embedded text, where its keys are not given
-  image: Float[Array, "b i m"] | None = None
+  text: Any = None  # embedded text [b t m], where its keys are not given
+  image: Any = None  # embedded image [b i m], likewise
 
 
 class LayerKV(NamedTuple):
@@ -59,22 +59,31 @@ def xavier(fan_in: int, fan_out: int):
   return init
 
 
-def linear(features: int | Sequence[int], fans: tuple[int, int], dtype, name: str,
-           axis: int | Sequence[int] = -1, init=None) -> nn.DenseGeneral:
+def linear(
+  features: int | Sequence[int],
+  fans: tuple[int, int],
+  dtype,
+  name: str,
+  axis: int | Sequence[int] = -1,
+  init=None,
+) -> nn.DenseGeneral:
   """Linear layer with bias, Xavier-initialised for the fans of one of its matrices."""
-  return nn.DenseGeneral(features, axis=axis, dtype=dtype, kernel_init=init or xavier(*fans),
-                         name=name)
+  return nn.DenseGeneral(
+    features, axis=axis, dtype=dtype, kernel_init=init or xavier(*fans), name=name
+  )
 
 
-def modulate(x: Float[Array, "b s m"], shift: Float[Array, "b g m"], scale: Float[Array, "b g m"],
-             dtype) -> Float[Array, "b s m"]:
+def modulate(
+  x: Float[Array, "b s m"], shift: Float[Array, "b g m"], scale: Float[Array, "b g m"], dtype
+) -> Float[Array, "b s m"]:
   """`x (1 + scale) + shift`, each of the g groups of tokens by its own pair."""
   grouped = x.reshape(x.shape[0], scale.shape[1], -1, x.shape[-1])
   return (grouped * (1 + scale[:, :, None]) + shift[:, :, None]).reshape(x.shape).astype(dtype)
 
 
-def add_gated(x: Float[Array, "b s m"], y: Float[Array, "b s m"], gate: Float[Array, "b g m"]
-              ) -> Float[Array, "b s m"]:
+def add_gated(
+  x: Float[Array, "b s m"], y: Float[Array, "b s m"], gate: Float[Array, "b g m"]
+) -> Float[Array, "b s m"]:
   """`x + gate y` in float32, in the dtype of `x`."""
   grouped = y.astype(jnp.float32).reshape(y.shape[0], gate.shape[1], -1, y.shape[-1])
   return (x.astype(jnp.float32) + (grouped * gate[:, :, None]).reshape(x.shape)).astype(x.dtype)
@@ -82,14 +91,21 @@ def add_gated(x: Float[Array, "b s m"], y: Float[Array, "b s m"], gate: Float[Ar
 
 def layer_norm(eps: float, affine: bool = False, name: str | None = None) -> nn.LayerNorm:
   """LayerNorm in float32."""
-  return nn.LayerNorm(eps, dtype=jnp.float32, use_bias=affine, use_scale=affine,
-                      use_fast_variance=False, name=name)
+  return nn.LayerNorm(
+    eps, dtype=jnp.float32, use_bias=affine, use_scale=affine, use_fast_variance=False, name=name
+  )
 
 
 def head_norm(eps: float, name: str) -> nn.RMSNorm:
   """RMS norm over all heads together, in float32; `[... h d]`."""
-  return nn.RMSNorm(eps, dtype=jnp.float32, reduction_axes=(-2, -1), feature_axes=(-2, -1),
-                    use_fast_variance=False, name=name)
+  return nn.RMSNorm(
+    eps,
+    dtype=jnp.float32,
+    reduction_axes=(-2, -1),
+    feature_axes=(-2, -1),
+    use_fast_variance=False,
+    name=name,
+  )
 
 
 class SelfAttention(nn.Module):
@@ -100,7 +116,9 @@ class SelfAttention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b s m"], past, shared) -> tuple[Float[Array, "b s m"], LayerKV]:
+  def __call__(
+    self, x: Float[Array, "b s m"], past, shared
+  ) -> tuple[Float[Array, "b s m"], LayerKV]:
     c = self.config
     heads = (c.heads, c.head_dim)
     qkv = linear((3, *heads), (c.dim, c.dim), self.dtype, "qkv")(x)
@@ -110,8 +128,9 @@ class SelfAttention(nn.Module):
     y, recalled = self.attend(q, k, v, past, shared)
     if c.linear:
       # Zero-initialised, so that a model without the branch starts out unchanged.
-      project = linear(c.head_dim, (c.head_dim, c.head_dim), self.dtype, "linear_proj",
-                       init=nn.initializers.zeros)
+      project = linear(
+        c.head_dim, (c.head_dim, c.head_dim), self.dtype, "linear_proj", init=nn.initializers.zeros
+      )
       if recalled is not None:
         extra = project(recalled.y.astype(self.dtype))
         y = y + jnp.where(recalled.present[:, None, None, None], extra, 0).astype(y.dtype)
@@ -140,15 +159,14 @@ class CrossAttention(nn.Module):
       self.norm_image_k = head_norm(c.eps, "norm_image_k")
     self.out = make(c.dim, name="out", axis=(-2, -1))
 
-  def keys_values(self, text: Float[Array, "b t m"], image: Float[Array, "b i m"] | None = None
-                  ) -> TextKV:
+  def keys_values(
+    self, text: Float[Array, "b t m"], image: Float[Array, "b i m"] | None = None
+  ) -> TextKV:
     """Keys and values of the embedded text (and image), which depend on nothing else."""
     kv = self.kv(text)
     k = self.norm_k(kv[:, :, 0]).astype(self.dtype)
     if not self.config.image_dim:
       return TextKV(k, kv[:, :, 1])
-    if image is None:
-      raise ValueError("This model attends to an image beside the text; give its image embedding.")
     image_kv = self.image_kv(image)
     image_k = self.norm_image_k(image_kv[:, :, 0]).astype(self.dtype)
     return TextKV(k, kv[:, :, 1], image_k, image_kv[:, :, 1])
@@ -156,7 +174,7 @@ class CrossAttention(nn.Module):
   def __call__(self, x: Float[Array, "b s m"], kv: TextKV) -> Float[Array, "b s m"]:
     q = self.norm_q(self.q(x)).astype(self.dtype)
     y = dense(q, kv.k, kv.v)
-    if kv.image_k is not None:
+    if kv.image_k is not None and kv.image_v is not None:
       y = y + dense(q, kv.image_k, kv.image_v)
     return self.out(y)
 
@@ -170,15 +188,18 @@ class Block(nn.Module):
   collect: bool
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b s m"], layer: LayerInputs, shared: SharedInputs
-               ) -> tuple[Float[Array, "b s m"], LayerKV | None]:
+  def __call__(
+    self, x: Float[Array, "b s m"], layer: LayerInputs, shared: SharedInputs
+  ) -> tuple[Float[Array, "b s m"], LayerKV | None]:
     c = self.config
     table = self.param("modulation", nn.initializers.normal(c.dim**-0.5), (6, c.dim))
     parts = table.astype(jnp.float32) + shared.modulation
     shift1, scale1, gate1, shift2, scale2, gate2 = (parts[:, :, i] for i in range(6))
 
     y = modulate(layer_norm(c.eps)(x), shift1, scale1, self.dtype)
-    y, kv = SelfAttention(c, self.attend, self.dtype, name="self_attn")(y, layer.past, shared.attend)
+    y, kv = SelfAttention(c, self.attend, self.dtype, name="self_attn")(
+      y, layer.past, shared.attend
+    )
     x = add_gated(x, y, gate1)
 
     cross = CrossAttention(c, self.dtype, name="cross_attn")

@@ -30,18 +30,19 @@ def feature_map(x: Array) -> Array:
 
 def init_memory(shape: tuple[int, ...], head_dim: int) -> LinearMemory:
   """Empty memory with leading axes `shape`, such as `(layers, batch, heads)`."""
-  return LinearMemory(jnp.zeros((*shape, head_dim, head_dim), jnp.float32),
-                      jnp.zeros((*shape, head_dim), jnp.float32))
+  return LinearMemory(
+    jnp.zeros((*shape, head_dim, head_dim), jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32)
+  )
 
 
 def absorb(
-    memory: LinearMemory,
-    absorbed: Int[Array, "b"],
-    k: Float[Array, "b f n h d"],
-    v: Float[Array, "b f n h d"],
-    rotation: rope.Rotation,
-    leaves: Bool[Array, "b f"],
-    variant: Variant,
+  memory: LinearMemory,
+  absorbed: Int[Array, "b"],
+  k: Float[Array, "b f n h d"],
+  v: Float[Array, "b f n h d"],
+  rotation: rope.Rotation,
+  leaves: Bool[Array, "b f"],
+  variant: Variant,
 ) -> LinearMemory:
   """Folds the frames marked in `leaves` into the running means, all tokens alike.
 
@@ -62,15 +63,17 @@ def absorb(
   km = jnp.einsum("bs,bshd->bhd", weight, mapped, precision=highest)
   # Counted in frames, whole numbers, so that a stream of days loses nothing.
   share = arriving / jnp.maximum(arriving + absorbed, 1)
-  return LinearMemory(memory.kv + share[:, None, None, None] * (kv - memory.kv),
-                      memory.k + share[:, None, None] * (km - memory.k))
+  return LinearMemory(
+    memory.kv + share[:, None, None, None] * (kv - memory.kv),
+    memory.k + share[:, None, None] * (km - memory.k),
+  )
 
 
 def recall(
-    memory: LinearMemory,
-    q: Float[Array, "b s h d"],
-    rotation: rope.Rotation,
-    variant: Variant,
+  memory: LinearMemory,
+  q: Float[Array, "b s h d"],
+  rotation: rope.Rotation,
+  variant: Variant,
 ) -> Float[Array, "b s h d"]:
   """Reads the memory with unrotated queries; float32. Zero-filled memories read as zero."""
   q = q.astype(jnp.float32)

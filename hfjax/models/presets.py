@@ -35,13 +35,24 @@ class WanConfig:
   eps: float = 1e-6
 
   def __post_init__(self):
-    for name in ("dim", "ffn_dim", "heads", "layers", "in_dim", "out_dim", "text_dim", "text_len",
-                 "freq_dim"):
+    for name in (
+      "dim",
+      "ffn_dim",
+      "heads",
+      "layers",
+      "in_dim",
+      "out_dim",
+      "text_dim",
+      "text_len",
+      "freq_dim",
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f"The model's {name} is {getattr(self, name)}; it must be at least 1.")
     if self.dim % self.heads:
-      raise ValueError(f"The width of {self.dim} does not divide into {self.heads} heads; make it a "
-                       "multiple of the heads.")
+      raise ValueError(
+        f"The width of {self.dim} does not divide into {self.heads} heads; make it a "
+        "multiple of the heads."
+      )
     rope.check_head_dim(self.head_dim)
     if self.freq_dim % 2:
       raise ValueError(f"The timestep embedding is {self.freq_dim} wide; make freq_dim even.")
@@ -53,13 +64,13 @@ class WanConfig:
 
 
 PRESETS = {
-    "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
-    "wan-14b": WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
-    "wan-i2v-14b": WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40, in_dim=36,
-                             image_dim=1280),
-    "hybrid-1.3b": WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30, linear=True),
-    "tiny": WanConfig(dim=64, ffn_dim=128, heads=2, layers=3, text_dim=48, text_len=16, freq_dim=32,
-                      linear=True),
+  "wan-1.3b": WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
+  "wan-14b": WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
+  "wan-i2v-14b": WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40, in_dim=36, image_dim=1280),
+  "hybrid-1.3b": WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30, linear=True),
+  "tiny": WanConfig(
+    dim=64, ffn_dim=128, heads=2, layers=3, text_dim=48, text_len=16, freq_dim=32, linear=True
+  ),
 }
 
 

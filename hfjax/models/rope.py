@@ -8,6 +8,7 @@ Pairs of channels (j, j + d/2) form complex numbers. Published weights pair neig
 `convert` permutes the rows of their query and key projections, which changes no score.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -44,14 +45,17 @@ def turn(position: Int[Array, "..."], omega: np.ndarray, limit: int | None = Non
   limit: bound that positions stay below, if known; fewer table look-ups are made then.
   """
   digits = _DIGITS if limit is None else next(n for n in range(1, 6) if _RADIX**n >= limit)
-  cos = sin = None
-  for n in range(digits):
+
+  def look_up(n: int) -> Rotation:
     angles = np.arange(_RADIX)[:, None] * (_RADIX**n * omega)[None]
     digit = (position // _RADIX**n) % _RADIX
-    c = jnp.asarray(np.cos(angles), jnp.float32)[digit]
-    s = jnp.asarray(np.sin(angles), jnp.float32)[digit]
-    cos, sin = (c, s) if cos is None else (cos * c - sin * s, sin * c + cos * s)
-  return Rotation(cos, sin)
+    return Rotation(*(jnp.asarray(f(angles), jnp.float32)[digit] for f in (np.cos, np.sin)))
+
+  return functools.reduce(_add_angles, map(look_up, range(digits)))
+
+
+def _add_angles(a: Rotation, b: Rotation) -> Rotation:
+  return Rotation(a.cos * b.cos - a.sin * b.sin, a.sin * b.cos + a.cos * b.sin)
 
 
 def timestep_embedding(t: Float[Array, "..."], width: int) -> Float[Array, "... w"]:
@@ -60,21 +64,23 @@ def timestep_embedding(t: Float[Array, "..."], width: int) -> Float[Array, "... 
   Raises ValueError if `width` is odd.
   """
   if width % 2:
-    raise ValueError(f"The timestep embedding is {width} wide; it holds cosines and sines, so make "
-                     "the width even.")
+    raise ValueError(
+      f"The timestep embedding is {width} wide; it holds cosines and sines, so make the width even."
+    )
   omega = frequencies(width // 2)
   t = jnp.asarray(t, jnp.float32)
   whole = jnp.floor(t)
   angle = (t - whole)[..., None] * jnp.asarray(omega, jnp.float32)
   base = turn(whole.astype(jnp.int32), omega)
-  cos = base.cos * jnp.cos(angle) - base.sin * jnp.sin(angle)
-  sin = base.sin * jnp.cos(angle) + base.cos * jnp.sin(angle)
-  return jnp.concatenate([cos, sin], axis=-1)
+  return jnp.concatenate(_add_angles(base, Rotation(jnp.cos(angle), jnp.sin(angle))), axis=-1)
 
 
 def grid_rotation(
-    frames: Int[Array, "b f"], grid: tuple[int, int], head_dim: int, limit: int | None = None,
-    still: Array | None = None,
+  frames: Int[Array, "b f"],
+  grid: tuple[int, int],
+  head_dim: int,
+  limit: int | None = None,
+  still: Array | None = None,
 ) -> Rotation:
   """Rotation of every token of the given frames.
 
@@ -89,9 +95,9 @@ def grid_rotation(
   rows, columns = grid
   widths = split_pairs(head_dim // 2)
   axes = (
-      (frames[:, :, None, None], limit),
-      (jnp.arange(rows)[None, None, :, None], rows),
-      (jnp.arange(columns)[None, None, None, :], columns),
+    (frames[:, :, None, None], limit),
+    (jnp.arange(rows)[None, None, :, None], rows),
+    (jnp.arange(columns)[None, None, None, :], columns),
   )
   b, f = frames.shape
   parts = []
@@ -116,5 +122,7 @@ def rotate(x: Float[Array, "b s h d"], rotation: Rotation) -> Float[Array, "b s 
 def check_head_dim(head_dim: int):
   """Raises ValueError unless channels pair up."""
   if head_dim < 2 or head_dim % 2:
-    raise ValueError(f"The head dimension is {head_dim}; rotary embedding turns pairs of channels, "
-                     "so make it a positive even number.")
+    raise ValueError(
+      f"The head dimension is {head_dim}; rotary embedding turns pairs of channels, "
+      "so make it a positive even number."
+    )

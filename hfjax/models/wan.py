@@ -38,16 +38,16 @@ class Wan(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: Float[Array, "b f y x c"],
-      t: Float[Array, "b"] | Float[Array, "b f"],
-      shared: Any,
-      *,
-      past: Any = None,
-      text: layers.TextKV | None = None,
-      context: Float[Array, "b t w"] | None = None,
-      image: Float[Array, "b i v"] | None = None,
-      drop: int = 0,
+    self,
+    x: Float[Array, "b f y x c"],
+    t: Float[Array, "b"] | Float[Array, "b f"],
+    shared: Any,
+    *,
+    past: Any = None,
+    text: layers.TextKV | None = None,
+    context: Float[Array, "b t w"] | None = None,
+    image: Float[Array, "b i v"] | None = None,
+    drop: int = 0,
   ) -> tuple[Float[Array, "b f y x c"], layers.LayerKV | None]:
     """Flow of the latents, float32, and keys and values if `collect`.
 
@@ -65,22 +65,31 @@ class Wan(nn.Module):
 
     e, modulation = TimeEmbedding(c, name="time")(t)
     inputs = layers.SharedInputs(modulation, shared)
-    if text is None or self.is_initializing():
+    if text is None:
+      if context is None:
+        raise ValueError("The network got neither text keys nor a text context; give one of them.")
       rows_text, rows_image = TextEmbedding(c, self.dtype, name="text")(context, image)
       inputs = inputs._replace(text=rows_text, image=rows_image)
 
     block = nn.remat(layers.Block, prevent_cse=False) if self.remat else layers.Block
-    stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True},
-                    in_axes=(0, nn.broadcast), length=c.layers)
+    stack = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
+      length=c.layers,
+    )
     x, kv = stack(c, self.attend, self.dtype, self.collect, name="blocks")(
-        x, layers.LayerInputs(past, text), inputs)
+      x, layers.LayerInputs(past, text), inputs
+    )
 
     if drop:
-      x, f = x[:, drop * tokens:], f - drop
+      x, f = x[:, drop * tokens :], f - drop
       e = e[:, drop:] if e.shape[1] > 1 else e
     y = Head(c, self.dtype, name="head")(x, e)
-    flow = einops.rearrange(y, "b (f y x) (p q c) -> b f (y p) (x q) c", f=f, y=rows,
-                            p=c.patch[0], q=c.patch[1])
+    flow = einops.rearrange(
+      y, "b (f y x) (p q c) -> b f (y p) (x q) c", f=f, y=rows, p=c.patch[0], q=c.patch[1]
+    )
     return flow.astype(jnp.float32), kv
 
 
@@ -90,16 +99,20 @@ class TimeEmbedding(nn.Module):
   config: WanConfig
 
   @nn.compact
-  def __call__(self, t: Float[Array, "b"] | Float[Array, "b f"]
-               ) -> tuple[Float[Array, "b g m"], Float[Array, "b g six m"]]:
+  def __call__(
+    self, t: Float[Array, "b"] | Float[Array, "b f"]
+  ) -> tuple[Float[Array, "b g m"], Float[Array, "b g six m"]]:
     c = self.config
     t = t if t.ndim == 2 else t[:, None]
     small = nn.initializers.normal(0.02)
     make = lambda features, fan, name, init=None: layers.linear(
-        features, (fan, c.dim), jnp.float32, name, init=init)
+      features, (fan, c.dim), jnp.float32, name, init=init
+    )
     e = make(c.dim, c.freq_dim, "in", small)(rope.timestep_embedding(t, c.freq_dim))
     e = make(c.dim, c.dim, "out", small)(nn.silu(e))
-    modulation = layers.linear((6, c.dim), (c.dim, 6 * c.dim), jnp.float32, "projection")(nn.silu(e))
+    modulation = layers.linear((6, c.dim), (c.dim, 6 * c.dim), jnp.float32, "projection")(
+      nn.silu(e)
+    )
     return e, modulation
 
 
@@ -110,8 +123,9 @@ class TextEmbedding(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, context: Float[Array, "b t w"], image: Float[Array, "b i v"] | None = None
-               ) -> tuple[Float[Array, "b t m"], Float[Array, "b i m"] | None]:
+  def __call__(
+    self, context: Float[Array, "b t w"], image: Float[Array, "b i v"] | None = None
+  ) -> tuple[Float[Array, "b t m"], Float[Array, "b i m"] | None]:
     c = self.config
     small = nn.initializers.normal(0.02)
     y = jnp.pad(context, ((0, 0), (0, c.text_len - context.shape[1]), (0, 0))).astype(self.dtype)
@@ -140,8 +154,9 @@ class Head(nn.Module):
     shift, scale = (e + table[i].astype(jnp.float32) for i in range(2))
     y = layers.modulate(layers.layer_norm(c.eps)(x), shift, scale, self.dtype)
     patch = c.patch[0] * c.patch[1] * c.out_dim
-    return layers.linear(patch, (c.dim, patch), self.dtype, "projection",
-                         init=nn.initializers.zeros)(y)
+    return layers.linear(
+      patch, (c.dim, patch), self.dtype, "projection", init=nn.initializers.zeros
+    )(y)
 
 
 def init_params(config: WanConfig, key: Array) -> Params:
@@ -155,35 +170,42 @@ def init_params(config: WanConfig, key: Array) -> Params:
   return model.init(key, x, jnp.zeros((1,)), shared, context=context, image=image)["params"]
 
 
-def text_keys(config: WanConfig, params: Params, context: Float[Array, "b t w"], dtype=jnp.float32,
-              image: Float[Array, "b i v"] | None = None) -> layers.TextKV:
+def text_keys(
+  config: WanConfig,
+  params: Params,
+  context: Float[Array, "b t w"],
+  dtype=jnp.float32,
+  image: Float[Array, "b i v"] | None = None,
+) -> layers.TextKV:
   """Cross-attention keys and values of a prompt for every layer, `[l b t h d]`.
 
   Computed once per prompt for sampling. Raises ValueError on a wrong text width or length.
   """
   check_context(config, context)
-  text, image = TextEmbedding(config, dtype).apply({"params": params["text"]}, context, image)
+  check_image(config, image)
+  embed = TextEmbedding(config, dtype)
+  text, picture = embed.apply({"params": params["text"]}, context, image)
   cross = layers.CrossAttention(config, dtype)
 
   def one(p):
-    return cross.apply({"params": p}, text, image, method="keys_values")
+    return cross.apply({"params": p}, text, picture, method="keys_values")
 
   return jax.lax.map(one, params["blocks"]["cross_attn"])
 
 
 def predict_flow(
-    config: WanConfig,
-    params: Params,
-    x: Float[Array, "b f y x c"],
-    t: Float[Array, "b"] | Float[Array, "b f"],
-    context: Float[Array, "b t w"],
-    *,
-    plan: tuple[tuple[Span, tuple[Span, ...]], ...] | None = None,
-    clean: Float[Array, "b f y x c"] | None = None,
-    clean_t: Float[Array, "b f"] | None = None,
-    image: Float[Array, "b i v"] | None = None,
-    dtype=jnp.float32,
-    remat: bool = False,
+  config: WanConfig,
+  params: Params,
+  x: Float[Array, "b f y x c"],
+  t: Float[Array, "b"] | Float[Array, "b f"],
+  context: Float[Array, "b t w"],
+  *,
+  plan: tuple[tuple[Span, tuple[Span, ...]], ...] | None = None,
+  clean: Float[Array, "b f y x c"] | None = None,
+  clean_t: Float[Array, "b f"] | None = None,
+  image: Float[Array, "b i v"] | None = None,
+  dtype=jnp.float32,
+  remat: bool = False,
 ) -> Float[Array, "b f y x c"]:
   """Flow of whole clips: bidirectional by default, causal with a plan of `models.causal`.
 
@@ -196,14 +218,17 @@ def predict_flow(
   """
   check_latents(config, x)
   check_context(config, context)
+  check_image(config, image)
   b, f = x.shape[:2]
   positions = jnp.broadcast_to(jnp.arange(f)[None], (1, f))
   grid = (x.shape[2] // config.patch[0], x.shape[3] // config.patch[1])
   drop = 0
   if clean is not None:
     if clean.shape != x.shape:
-      raise ValueError(f"The clean clip has shape {clean.shape} and the noisy one {x.shape}; teacher "
-                       "forcing needs equal shapes.")
+      raise ValueError(
+        f"The clean clip has shape {clean.shape} and the noisy one {x.shape}; teacher "
+        "forcing needs equal shapes."
+      )
     x = jnp.concatenate([clean.astype(x.dtype), x], axis=1)
     t = t if t.ndim == 2 else jnp.broadcast_to(t[:, None], (b, f))
     t = jnp.concatenate([jnp.zeros((b, f)) if clean_t is None else clean_t, t], axis=1)
@@ -218,16 +243,34 @@ def predict_flow(
 def check_latents(config: WanConfig, x: Array):
   """Raises ValueError unless `x` is `[b f y x c]` with the model's channels and a fitting grid."""
   if x.ndim != 5 or x.shape[-1] != config.in_dim:
-    raise ValueError(f"Latents have shape {tuple(x.shape)}; the model takes [batch, frames, rows, "
-                     f"columns, channels] with {config.in_dim} channels.")
+    raise ValueError(
+      f"Latents have shape {tuple(x.shape)}; the model takes [batch, frames, rows, "
+      f"columns, channels] with {config.in_dim} channels."
+    )
   check_grid(x.shape[2], x.shape[3], config.patch)
+
+
+def check_image(config: WanConfig, image: Array | None):
+  """Raises ValueError unless an image embedding `[b i v]` is there if the model takes one."""
+  if not config.image_dim:
+    if image is not None:
+      raise ValueError("This model takes no image embedding; leave it out.")
+  elif image is None or image.ndim != 3 or image.shape[-1] != config.image_dim:
+    raise ValueError(
+      f"The image embedding has shape {'none' if image is None else tuple(image.shape)}; this "
+      f"image-to-video model takes [batch, rows, {config.image_dim}]."
+    )
 
 
 def check_context(config: WanConfig, context: Array):
   """Raises ValueError unless `context` is `[b t w]` of the model's text width and length."""
   if context.ndim != 3 or context.shape[-1] != config.text_dim:
-    raise ValueError(f"The text context has shape {tuple(context.shape)}; the model takes [batch, "
-                     f"rows, {config.text_dim}]. Use the text encoder the model was trained with.")
+    raise ValueError(
+      f"The text context has shape {tuple(context.shape)}; the model takes [batch, "
+      f"rows, {config.text_dim}]. Use the text encoder the model was trained with."
+    )
   if context.shape[1] > config.text_len:
-    raise ValueError(f"The text context has {context.shape[1]} rows; the model takes at most "
-                     f"{config.text_len}. Truncate the prompt.")
+    raise ValueError(
+      f"The text context has {context.shape[1]} rows; the model takes at most "
+      f"{config.text_len}. Truncate the prompt."
+    )

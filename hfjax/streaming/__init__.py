@@ -1,0 +1,1 @@
+"""State of a stream, its transitions, and rollouts."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,16 @@ class StreamConfig:
 
   def __post_init__(self):
     if self.model.patch != self.geometry.patch:
-      raise ValueError(f"The model's patch is {self.model.patch} and the geometry's "
-                       f"{self.geometry.patch}; make them equal.")
+      raise ValueError(
+        f"The model's patch is {self.model.patch} and the geometry's "
+        f"{self.geometry.patch}; make them equal."
+      )
+    if self.model.in_dim != self.model.out_dim or self.model.image_dim:
+      raise ValueError(
+        f"The model takes {self.model.in_dim} channels and image embeddings of width "
+        f"{self.model.image_dim}, and gives {self.model.out_dim} channels; a stream feeds latents "
+        "back, so use a text-to-video model and commit images as first frames."
+      )
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"The compute dtype is {self.dtype!r}; choose float32 or bfloat16.")
     object.__setattr__(self, "steps", tuple(self.steps))
@@ -46,11 +55,14 @@ class StreamConfig:
       raise ValueError("The list of denoising steps is empty; give at least one, such as 1000.")
     times = self.timesteps  # checks warped steps
     if any(not 0 < t <= TRAIN_TIMESTEPS for t in times):
-      raise ValueError(f"The denoising steps {list(self.steps)} give the timesteps {list(times)}, "
-                       f"which must lie in (0, {TRAIN_TIMESTEPS}].")
-    if any(a <= b for a, b in zip(times, times[1:], strict=False)):
-      raise ValueError(f"The denoising steps {list(self.steps)} do not descend; order them from "
-                       "noisy to clean.")
+      raise ValueError(
+        f"The denoising steps {list(self.steps)} give the timesteps {list(times)}, "
+        f"which must lie in (0, {TRAIN_TIMESTEPS}]."
+      )
+    if any(a <= b for a, b in itertools.pairwise(times)):
+      raise ValueError(
+        f"The denoising steps {list(self.steps)} do not descend; order them from noisy to clean."
+      )
     if self.has_memory:
       self.geometry.check_memory()
 

@@ -13,7 +13,7 @@ from hfjax.streaming.step import chunk_step, draw_noise
 
 @functools.partial(jax.jit, static_argnames=("config", "n_chunks"), donate_argnames="state")
 def generate(
-    config: StreamConfig, params: wan.Params, state: StreamState, keys: PRNGKeyArray, n_chunks: int
+  config: StreamConfig, params: wan.Params, state: StreamState, keys: PRNGKeyArray, n_chunks: int
 ) -> tuple[StreamState, Float[Array, "b f y x c"]]:
   """Generates `n_chunks` chunks; `state` is donated.
 

@@ -44,10 +44,18 @@ def init_state(config: StreamConfig, text: layers.TextKV) -> StreamState:
   Raises ValueError if `text` does not fit the model.
   """
   m, g = config.model, config.geometry
-  want = (m.layers, text.k.shape[1] if text.k.ndim == 5 else "batch", m.text_len, m.heads, m.head_dim)
+  want = (
+    m.layers,
+    text.k.shape[1] if text.k.ndim == 5 else "batch",
+    m.text_len,
+    m.heads,
+    m.head_dim,
+  )
   if text.k.shape != want or text.v.shape != want:
-    raise ValueError(f"Text keys have shape {text.k.shape}; this model needs {want}. Make them with "
-                     "text_keys and the same model.")
+    raise ValueError(
+      f"Text keys have shape {text.k.shape}; this model needs {want}. Make them with "
+      "text_keys and the same model."
+    )
   b, dtype = text.k.shape[1], config.compute_dtype
   window = (m.layers, b, g.window, g.tokens, m.heads, m.head_dim)
   held = memory.init_memory((m.layers, b, m.heads), m.head_dim) if config.has_memory else None
@@ -56,22 +64,29 @@ def init_state(config: StreamConfig, text: layers.TextKV) -> StreamState:
     return jnp.zeros((b,), jnp.int32)
 
   return StreamState(
-      k=jnp.zeros(window, dtype), v=jnp.zeros(window, dtype),
-      latents=jnp.zeros((b, g.window, g.height, g.width, m.out_dim), jnp.float32),
-      memory=held, absorbed=count(), length=count(), position=count(), chunk=count(),
-      text=jax.tree.map(lambda x: jnp.array(x, dtype), text))
+    k=jnp.zeros(window, dtype),
+    v=jnp.zeros(window, dtype),
+    latents=jnp.zeros((b, g.window, g.height, g.width, m.out_dim), jnp.float32),
+    memory=held,
+    absorbed=count(),
+    length=count(),
+    position=count(),
+    chunk=count(),
+    text=jax.tree.map(lambda x: jnp.array(x, dtype), text),
+  )
 
 
 def check_state(config: StreamConfig, state: StreamState):
   """Raises ValueError unless `state` is one of `config`'s, whatever its batch."""
   batch = state.length.shape[0] if getattr(state.length, "ndim", 0) == 1 else 0
   m = config.model
-  kv = jax.ShapeDtypeStruct((m.layers, batch, m.text_len, m.heads, m.head_dim), config.compute_dtype)
-  image = None
-  if m.image_dim and state.text.image_k is not None:
-    rows = (*kv.shape[:2], state.text.image_k.shape[2], *kv.shape[3:])
-    image = jax.ShapeDtypeStruct(rows, kv.dtype)
-  want = jax.eval_shape(lambda t: init_state(config, t), layers.TextKV(kv, kv, image, image))
+  shape = (m.layers, batch, m.text_len, m.heads, m.head_dim)
+
+  def fresh():
+    kv = jnp.zeros(shape, config.compute_dtype)
+    return init_state(config, layers.TextKV(kv, kv))
+
+  want = jax.eval_shape(fresh)
   have, expected = (dict(jax.tree_util.tree_flatten_with_path(x)[0]) for x in (state, want))
   for path in [*expected, *(p for p in have if p not in expected)]:
     x, y = have.get(path), expected.get(path)
@@ -79,9 +94,10 @@ def check_state(config: StreamConfig, state: StreamState):
       name = jax.tree_util.keystr(path).lstrip(".")
       said = [f"{z.dtype} {list(z.shape)}" if z is not None else "absent" for z in (x, y)]
       raise ValueError(
-          f"This state was made for another configuration: its {name} is {said[0]}, and this "
-          f"configuration's is {said[1]}. Use the configuration it was made with, or start anew with "
-          "init_state.")
+        f"This state was made for another configuration: its {name} is {said[0]}, and this "
+        f"configuration's is {said[1]}. Use the configuration it was made with, or start anew with "
+        "init_state."
+      )
 
 
 def begin_chunk(config: StreamConfig, state: StreamState, frames: int | None = None) -> ChunkState:
@@ -90,7 +106,7 @@ def begin_chunk(config: StreamConfig, state: StreamState, frames: int | None = N
   Frames beyond sink and previous leave the window and are absorbed; past keys are rotated to this
   chunk's positions and pooled, once for all forwards of the chunk.
 
-  Raises ValueError if the state is another configuration's, or the chunk longer than the geometry's.
+  Raises ValueError if the state is another configuration's, or the chunk longer than its chunks.
   """
   g, variant = config.geometry, config.geometry.semantics
   check_state(config, state)
@@ -111,16 +127,26 @@ def begin_chunk(config: StreamConfig, state: StreamState, frames: int | None = N
   source = jnp.minimum(jnp.where(row < g.sink, row, row + leaving[:, None]), g.window - 1)
   length = jnp.minimum(state.length, g.past)
   stream = state._replace(
-      k=_take_frames(state.k, source, 1), v=_take_frames(state.v, source, 1),
-      latents=_take_frames(state.latents, source, 0),
-      memory=memory_, absorbed=absorbed, length=length)
+    k=_take_frames(state.k, source, 1),
+    v=_take_frames(state.v, source, 1),
+    latents=_take_frames(state.latents, source, 0),
+    memory=memory_,
+    absorbed=absorbed,
+    length=length,
+  )
 
   shared = WindowShared(
-      length=length, absorbed=absorbed,
-      query=_rotation(config, start[:, None] + jnp.arange(frames), limit),
-      key=_rotation(config, start[:, None] + jnp.arange(frames), limit,
-                    _still(config, state.position[:, None] + jnp.arange(frames))),
-      stored=_stored_rotation(config, state.position, frames))
+    length=length,
+    absorbed=absorbed,
+    query=_rotation(config, start[:, None] + jnp.arange(frames), limit),
+    key=_rotation(
+      config,
+      start[:, None] + jnp.arange(frames),
+      limit,
+      _still(config, state.position[:, None] + jnp.arange(frames)),
+    ),
+    stored=_stored_rotation(config, state.position, frames),
+  )
   return ChunkState(stream, _past(config, stream, start, limit), shared)
 
 
@@ -150,8 +176,15 @@ def _absorb_leaving(config, state, start, limit):
 
   def one(layer):
     held, k, v = layer
-    return memory.absorb(held, state.absorbed, _take_frames(k, row, 0), _take_frames(v, row, 0),
-                         rotation, leaves, variant)
+    return memory.absorb(
+      held,
+      state.absorbed,
+      _take_frames(k, row, 0),
+      _take_frames(v, row, 0),
+      rotation,
+      leaves,
+      variant,
+    )
 
   # A loop over layers: all at once would need float32 copies of the whole window.
   held = jax.lax.map(one, (state.memory, state.k, state.v))
@@ -163,21 +196,23 @@ def _past(config, stream, start, limit) -> WindowPast:
   g = config.geometry
   row = jnp.arange(g.past)[None]
   position = jnp.where(row < g.sink, row, start[:, None] - (stream.length[:, None] - row))
-  rotation = _rotation(config, jnp.maximum(position, 0), limit,
-                       _still(config, jnp.broadcast_to(row, position.shape)))
+  rotation = _rotation(
+    config, jnp.maximum(position, 0), limit, _still(config, jnp.broadcast_to(row, position.shape))
+  )
   pooled = g.sparse and g.semantics.split_blocks
   center = g.semantics.center_blocks
 
   def one(k):
     b, _, n, h, d = k.shape
-    k = rope.rotate(k[:, :g.past].reshape(b, g.past * n, h, d), rotation)
+    k = rope.rotate(k[:, : g.past].reshape(b, g.past * n, h, d), rotation)
     if not pooled:
       return k, None
     return k, pallas_kernels.block_means(
-        pallas_kernels.center_keys(k, center), g.block, stream.length * n)
+      pallas_kernels.center_keys(k, center), g.block, stream.length * n
+    )
 
   k, means = jax.lax.map(one, stream.k)
-  v = stream.v[:, :, :g.past].reshape(k.shape)
+  v = stream.v[:, :, : g.past].reshape(k.shape)
   return WindowPast(k, v, means, stream.memory)
 
 
@@ -203,5 +238,8 @@ def _stored_rotation(config, position, frames):
 
 def _take_frames(x, index, batch_axis):
   """Frames `index` `[b f]` of `x`, whose frame axis follows its batch axis."""
-  return jax.vmap(lambda y, i: jnp.take(y, i, axis=batch_axis, mode="clip"),
-                  in_axes=(batch_axis, 0), out_axes=batch_axis)(x, index)
+  return jax.vmap(
+    lambda y, i: jnp.take(y, i, axis=batch_axis, mode="clip"),
+    in_axes=(batch_axis, 0),
+    out_axes=batch_axis,
+  )(x, index)

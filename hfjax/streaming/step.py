@@ -21,12 +21,12 @@ class ChunkNoise(NamedTuple):
 
 
 def denoise(
-    config: StreamConfig,
-    params: wan.Params,
-    chunk: ChunkState,
-    x: Float[Array, "b f y x c"],
-    t: Float[Array, "b"] | Float[Array, "b f"],
-    context: Float[Array, "b t w"] | None = None,
+  config: StreamConfig,
+  params: wan.Params,
+  chunk: ChunkState,
+  x: Float[Array, "b f y x c"],
+  t: Float[Array, "b"] | Float[Array, "b f"],
+  context: Float[Array, "b t w"] | None = None,
 ) -> Float[Array, "b f y x c"]:
   """Flow of the chunk's latents `x` at time `t`; reads the state, writes nothing.
 
@@ -38,8 +38,9 @@ def denoise(
   return _forward(config, params, chunk, x, t, context, collect=False)[0]
 
 
-def commit(config: StreamConfig, params: wan.Params, chunk: ChunkState,
-           x0: Float[Array, "b f y x c"]) -> StreamState:
+def commit(
+  config: StreamConfig, params: wan.Params, chunk: ChunkState, x0: Float[Array, "b f y x c"]
+) -> StreamState:
   """Closes the chunk with clean latents: their keys and values enter the window.
 
   Raises ValueError on latents that do not fit the chunk.
@@ -53,20 +54,26 @@ def commit(config: StreamConfig, params: wan.Params, chunk: ChunkState,
   def put(window, new):
     """Writes frames `[b f ...]` behind the valid ones of `[b a ...]`."""
     return jax.vmap(lambda w, n, i: jax.lax.dynamic_update_slice_in_dim(w, n, i, axis=0))(
-        window, new.astype(window.dtype), stream.length)
+      window, new.astype(window.dtype), stream.length
+    )
 
   def put_layers(window, new):
     new = new.reshape(*new.shape[:2], frames, g.tokens, *new.shape[3:])
     return jax.vmap(put)(window, new)
 
   return stream._replace(
-      k=put_layers(stream.k, stored_keys(chunk.shared, kv.k)), v=put_layers(stream.v, kv.v),
-      latents=put(stream.latents, x0), length=stream.length + frames,
-      position=stream.position + frames, chunk=stream.chunk + 1)
+    k=put_layers(stream.k, stored_keys(chunk.shared, kv.k)),
+    v=put_layers(stream.v, kv.v),
+    latents=put(stream.latents, x0),
+    length=stream.length + frames,
+    position=stream.position + frames,
+    chunk=stream.chunk + 1,
+  )
 
 
-def draw_noise(config: StreamConfig, keys: PRNGKeyArray, chunk: Int[Array, "b"], frames: int | None = None
-               ) -> ChunkNoise:
+def draw_noise(
+  config: StreamConfig, keys: PRNGKeyArray, chunk: Int[Array, "b"], frames: int | None = None
+) -> ChunkNoise:
   """Noise of a chunk, a function of each sample's key and chunk number alone.
 
   keys: one typed key per sample, `[b]`.
@@ -83,13 +90,16 @@ def draw_noise(config: StreamConfig, keys: PRNGKeyArray, chunk: Int[Array, "b"],
   return ChunkNoise(start, jnp.moveaxis(again, 1, 0))
 
 
-def denoise_chunk(config: StreamConfig, params: wan.Params, chunk: ChunkState, noise: ChunkNoise
-                  ) -> Float[Array, "b f y x c"]:
+def denoise_chunk(
+  config: StreamConfig, params: wan.Params, chunk: ChunkState, noise: ChunkNoise
+) -> Float[Array, "b f y x c"]:
   """Clean latents of a chunk: every step predicts them and, but for the last, noises them again."""
   steps = len(config.steps)
   if noise.again.shape[0] != steps - 1:
-    raise ValueError(f"Noise for {noise.again.shape[0]} returns to noise was given; {steps} denoising "
-                     f"steps need {steps - 1}.")
+    raise ValueError(
+      f"Noise for {noise.again.shape[0]} returns to noise was given; {steps} denoising "
+      f"steps need {steps - 1}."
+    )
   times = jnp.asarray(config.timesteps, jnp.float32)
   sigmas = jnp.asarray(config.sigmas, jnp.float32)
   # Noise level 0 follows the last step, where this noise is multiplied away.
@@ -103,26 +113,35 @@ def denoise_chunk(config: StreamConfig, params: wan.Params, chunk: ChunkState, n
   return jax.lax.scan(step, noise.start, jnp.arange(steps))[0]
 
 
-def chunk_step(config: StreamConfig, params: wan.Params, state: StreamState, noise: ChunkNoise
-               ) -> tuple[StreamState, Float[Array, "b f y x c"]]:
+def chunk_step(
+  config: StreamConfig, params: wan.Params, state: StreamState, noise: ChunkNoise
+) -> tuple[StreamState, Float[Array, "b f y x c"]]:
   """Generates one chunk: the state after it, and its clean latents."""
   chunk = begin_chunk(config, state, noise.start.shape[1])
   x0 = denoise_chunk(config, params, chunk, noise)
   return commit(config, params, chunk, x0), x0
 
 
-def context_step(config: StreamConfig, params: wan.Params, state: StreamState,
-                 x0: Float[Array, "b f y x c"]) -> StreamState:
+def context_step(
+  config: StreamConfig, params: wan.Params, state: StreamState, x0: Float[Array, "b f y x c"]
+) -> StreamState:
   """Takes given clean latents (an image, a clip to continue) as the next chunk."""
   return commit(config, params, begin_chunk(config, state, x0.shape[1]), x0)
 
 
 def _forward(config, params, chunk, x, t, context, collect):
   g, m = config.geometry, config.model
-  want = (chunk.shared.length.shape[0], chunk.shared.query.cos.shape[1] // g.tokens, g.height, g.width)
+  want = (
+    chunk.shared.length.shape[0],
+    chunk.shared.query.cos.shape[1] // g.tokens,
+    g.height,
+    g.width,
+  )
   if x.shape[:4] != want or x.ndim != 5 or x.shape[4] != m.in_dim:
-    raise ValueError(f"The chunk's latents have shape {tuple(x.shape)}; the chunk that was begun takes "
-                     f"{(*want, m.in_dim)} ([batch, frames, rows, columns, channels]).")
+    raise ValueError(
+      f"The chunk's latents have shape {tuple(x.shape)}; the chunk that was begun takes "
+      f"{(*want, m.in_dim)} ([batch, frames, rows, columns, channels])."
+    )
   past, shared, text = jax.lax.stop_gradient((chunk.past, chunk.shared, chunk.stream.text))
   if context is not None:
     wan.check_context(m, context)

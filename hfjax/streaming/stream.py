@@ -1,6 +1,7 @@
 """A stream driven from Python, chunk by chunk, with one compilation for any length."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -27,14 +28,19 @@ class Stream:
   state: the stream's state after the chunks taken so far; it is donated to the next chunk.
   """
 
-  def __init__(self, config: StreamConfig, params: wan.Params, context: Float[Array, "b t w"],
-               seeds: Sequence[int] | int = 0, image: Float[Array, "b i v"] | None = None):
+  def __init__(
+    self,
+    config: StreamConfig,
+    params: wan.Params,
+    context: Float[Array, "b t w"],
+    seeds: Sequence[int] | int = 0,
+  ):
     """Begins a stream per row of `context`.
 
     seeds: one per sample, or one for all, from which each sample takes its own noise.
     """
     self.config, self.params = config, params
-    text = wan.text_keys(config.model, params, jnp.asarray(context), config.compute_dtype, image)
+    text = wan.text_keys(config.model, params, jnp.asarray(context), config.compute_dtype)
     self.state = init_state(config, text)
     self.keys = sample_keys(seeds, context.shape[0])
 
@@ -46,11 +52,13 @@ class Stream:
     """
     frames = latents.shape[1] if latents.ndim == 5 else 0
     if not frames:
-      raise ValueError(f"Context latents have shape {tuple(latents.shape)}; give [batch, frames, rows, "
-                       "columns, channels] with at least one frame.")
+      raise ValueError(
+        f"Context latents have shape {tuple(latents.shape)}; give [batch, frames, rows, "
+        "columns, channels] with at least one frame."
+      )
     chunk = self.config.geometry.chunk
     cuts = [0, *range(frames % chunk or chunk, frames + 1, chunk)]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
       self.state = _take(self.config, self.params, self.state, latents[:, start:stop])
 
   def __iter__(self) -> Iterator[Float[Array, "b f y x c"]]:
@@ -67,6 +75,8 @@ def sample_keys(seeds: Sequence[int] | int, batch: int):
     key = jax.random.key(seeds)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
   if len(seeds) != batch:
-    raise ValueError(f"{len(seeds)} seeds were given for {batch} samples; give one each, or a single "
-                     "number for all.")
+    raise ValueError(
+      f"{len(seeds)} seeds were given for {batch} samples; give one each, or a single "
+      "number for all."
+    )
   return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])

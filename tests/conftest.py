@@ -1,0 +1,17 @@
+"""Tests run on the processor, whatever the machine has, and draw the same examples every time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs here are tiny, so that compiling them is most of the work.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+import hypothesis
+import jax
+
+jax.config.update("jax_default_matmul_precision", "highest")
+# The first example of a test compiles, so deadlines would measure the compiler.
+hypothesis.settings.register_profile(
+  "hfjax", deadline=None, max_examples=20, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("hfjax")

@@ -1,0 +1,102 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pallas_kernels as pk
+
+
+def draw(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@given(st.sampled_from([1, 8, 9, 23]), st.integers(0, 23), st.sampled_from([1, 4, 8, 64]))
+def test_means_are_over_the_valid_tokens_of_each_block(tokens, length, block):
+  length = min(length, tokens)
+  x = draw(tokens, 2, tokens, 2, 3)
+  got = pk.block_means(jnp.asarray(x), block, jnp.array([length, tokens]))
+  for b, n in enumerate((length, tokens)):
+    for i in range(pk.num_blocks(tokens, block)):
+      part = x[b, i * block : min((i + 1) * block, n)]
+      want = part.astype(np.float64).mean(axis=0) if len(part) else np.zeros((2, 3))
+      np.testing.assert_allclose(got[b, :, i], want, atol=1e-6)
+
+
+def test_means_are_rounded_to_the_dtype_of_the_tokens():
+  x = jnp.asarray(draw(0, 1, 20, 1, 4), jnp.bfloat16)
+  got = pk.block_means(x, 8)
+  want = np.float32(x)[0, :8].mean(axis=0)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got[0, :, 0], jnp.asarray(want, jnp.bfloat16))
+
+
+def test_centring():
+  k = jnp.asarray(draw(1, 2, 10, 3, 4))
+  np.testing.assert_array_equal(pk.center_keys(k), k)
+  np.testing.assert_allclose(pk.center_keys(k, "heads"), k - k.mean(2, keepdims=True), atol=1e-6)
+  length = jnp.array([4, 10])
+  got = pk.center_keys(k, "sequence", length)
+  np.testing.assert_allclose(got[0], k[0] - k[0, :4].mean(0, keepdims=True), atol=1e-6)
+  np.testing.assert_allclose(got[1], k[1] - k[1].mean(0, keepdims=True), atol=1e-6)
+  with pytest.raises(ValueError, match="'tokens'; choose none, heads or sequence"):
+    pk.center_keys(k, "tokens")
+
+
+def test_centring_over_the_sequence_changes_no_choice():
+  q, k = (jnp.asarray(draw(i, 1, 64, 2, 8)) for i in (2, 3))
+  means = pk.block_means(q, 8)
+  chosen = [
+    pk.block_map(means, pk.block_means(pk.center_keys(k, c), 8), 3)[0] for c in ("none", "sequence")
+  ]
+  np.testing.assert_array_equal(*chosen)
+
+
+@given(st.integers(1, 6), st.integers(0, 50))
+def test_the_best_valid_blocks_are_listed_best_first(most, seed):
+  q, k = draw(seed, 2, 2, 3, 5), draw(seed + 100, 2, 2, 6, 5)
+  valid = np.array([[1, 1, 0, 1, 0, 1], [1] * 6], bool)
+  counts = np.minimum([most, most], valid.sum(axis=1))
+  index, count = pk.block_map(
+    jnp.asarray(q), jnp.asarray(k), most, jnp.asarray(counts), jnp.asarray(valid)
+  )
+  assert index.dtype == count.dtype == jnp.int32
+  for b in range(2):
+    for h in range(2):
+      for i in range(3):
+        scores = np.where(valid[b], k[b, h].astype(np.float64) @ q[b, h, i], -np.inf)
+        kept = int(count[b, h, i])
+        assert kept == counts[b]
+        assert list(index[b, h, i, :kept]) == list(np.argsort(-scores)[:kept])
+
+
+def test_ties_go_to_the_lower_block_and_lists_are_never_empty():
+  q, k = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 5, 4))
+  index, count = pk.block_map(q, k, 3, jnp.array([0]))
+  np.testing.assert_array_equal(index[0, 0], [[0, 1, 2], [0, 1, 2]])
+  assert np.all(count == 1)
+
+
+def test_the_choice_carries_no_gradient():
+  q, k = jnp.asarray(draw(0, 1, 1, 2, 4)), jnp.asarray(draw(1, 1, 1, 3, 4))
+
+  def loss(q):
+    index, _ = pk.block_map(q, k, 2)
+    return index.astype(jnp.float32).sum() + 0 * q.sum()
+
+  assert not np.any(jax.grad(loss)(q))
+
+
+@pytest.mark.parametrize("most", [0, 4])
+def test_an_impossible_number_of_blocks_is_refused(most):
+  with pytest.raises(ValueError, match=f"{most} key blocks were to be kept out of 3"):
+    pk.block_map(jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 3, 4)), most)
+
+
+def test_counts_truncate_in_double_precision():
+  # 0.29 * 100 is 28.999... in float64, and 29 in float32.
+  assert pk.kept_counts(0.29, [6400])[0] == 28
+  assert list(pk.kept_counts(0.2, [4680, 9360, 14040])) == [14, 29, 44]
+  assert list(pk.kept_counts(0.2, [0, 4680, 9360], [4680] * 3)) == [14, 29, 44]
+  assert list(pk.kept_counts(0.01, [64], block=64)) == [1]
