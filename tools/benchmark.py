@@ -8,6 +8,7 @@ filled; times are wall-clock, with the device waited for.
 import argparse
 import json
 import platform
+import re
 import statistics
 import sys
 import time
@@ -107,6 +108,16 @@ def measure(config: StreamConfig, batch: int, repeats: int) -> dict[str, Any]:
   return result
 
 
+def latent_size(size: str) -> tuple[int, int]:
+  """Latent columns and rows of a size in pixels, "WxH"; ValueError if it is none."""
+  match = re.fullmatch(r"(\d+)x(\d+)", size)
+  if not match or any(int(n) % PIXELS for n in match.groups()):
+    raise ValueError(
+      f"The size is {size!r}; give WIDTHxHEIGHT in pixels, multiples of {2 * PIXELS}, such as 832x480."
+    )
+  return int(match[1]) // PIXELS, int(match[2]) // PIXELS
+
+
 def main(argv: list[str] | None = None) -> int:
   """Command line; the exit status."""
   on_cpu = jax.default_backend() == "cpu"
@@ -123,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
   args = parser.parse_args(argv)
   try:
-    width, height = (int(x) // PIXELS for x in args.size.split("x"))
+    width, height = latent_size(args.size)
     geometry = Geometry(
       height,
       width,

@@ -1,0 +1,47 @@
+"""What the README shows runs as it stands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_examples_run_in_order(capsys):
+  blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+  assert len(blocks) == 2
+  scope = {}
+  for block in blocks:
+    exec(block, scope)
+  assert "(1, 3, 12, 20, 16) frames so far: [15]" in capsys.readouterr().out
+  assert scope["video"].shape == (1, 15, 12, 20, 16)
+
+
+def test_files_that_are_named_exist():
+  for page in ("README.md", "WORKSPACE.md"):
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"(?:tools|tests|benchmarks|hfjax|pallas_kernels)/[\w/]+\.\w+", text):
+      assert (ROOT / path).exists(), path
+
+
+def test_make_sample_says_what_is_missing():
+  run = subprocess.run(["make", "sample"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert run.returncode != 0
+  assert "no sampler and no weights yet" in run.stderr
+
+
+def test_benchmark_runs_and_refuses_bad_sizes(tmp_path):
+  def run(*args):
+    return subprocess.run(
+      [sys.executable, str(ROOT / "tools" / "benchmark.py"), *args],
+      capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+  good = run("--size", "64x32", "--repeats", "1", "--out", str(tmp_path / "new" / "a.json"))
+  assert good.returncode == 0, good.stderr
+  assert "FPS" in good.stdout and (tmp_path / "new" / "a.json").exists()
+  for size, sentence in (("72x32", "does not divide"), ("big", "give WIDTHxHEIGHT"),
+                         ("100x32", "multiples of 16")):  # fmt: skip
+    bad = run("--size", size)
+    assert bad.returncode == 2 and sentence in bad.stderr and "Traceback" not in bad.stderr
