@@ -113,7 +113,7 @@ def latent_size(size: str) -> tuple[int, int]:
   match = re.fullmatch(r"(\d+)x(\d+)", size)
   if not match or any(int(n) % PIXELS for n in match.groups()):
     raise ValueError(
-      f"The size is {size!r}; give WIDTHxHEIGHT in pixels, multiples of {2 * PIXELS}, such as 832x480."
+      f"The size is {size!r}; give WIDTHxHEIGHT in pixels, multiples of {2 * PIXELS}, say 832x480."
     )
   return int(match[1]) // PIXELS, int(match[2]) // PIXELS
 
