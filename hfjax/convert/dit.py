@@ -1,22 +1,135 @@
-"""Parameters of the diffusion transformer from published tensors, and back."""
+"""The diffusion transformer: name table, and its architecture from a published configuration."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
-from einops import rearrange
 
-from hfjax.convert import names
+from hfjax.convert.table import Leaf, Table, linear, vector
+from hfjax.models import wan
 from hfjax.models.presets import WanConfig
 
-_SHOWN = 20  # tensors named in an error
+# Neighbouring channels (2j, 2j + 1) of a head form a rotary pair there, channels (j, j + d/2) here.
+_ROTARY_ROWS = "(h pair two) i -> i h (two pair)"
+_ROTARY = "(h pair two) -> h (two pair)"
+_HEAD_ROWS = "(h d) i -> i h d"
+_HEADS = "(h d) -> h d"
+_OUT = "o (h d) -> h d o"
 
 
-def leaves(config: WanConfig) -> tuple[names.Leaf, ...]:
-  """The rows of the name table that the architecture has."""
-  table = names.DIT
-  table += names.DIT_LINEAR if config.linear else ()
-  return table + (names.DIT_IMAGE if config.image_dim else ())
+def _norm(path: str, source: str) -> tuple[Leaf, ...]:
+  return (*vector(f"{path}/scale", f"{source}.weight"), *vector(f"{path}/bias", f"{source}.bias"))
+
+
+def _fused(path: str, sources: tuple[str, ...], rotary: tuple[bool, ...]) -> tuple[Leaf, Leaf]:
+  rows = tuple(_ROTARY_ROWS if r else _HEAD_ROWS for r in rotary)
+  biases = tuple(_ROTARY if r else _HEADS for r in rotary)
+  return (
+    Leaf(f"{path}/kernel", tuple(f"{s}.weight" for s in sources), rows, axis=1),
+    Leaf(f"{path}/bias", tuple(f"{s}.bias" for s in sources), biases, axis=0),
+  )
+
+
+_SELF, _CROSS = "blocks.{i}.self_attn", "blocks.{i}.cross_attn"
+
+_ROWS: tuple[Leaf, ...] = (
+  *linear("patch_embedding", "patch_embedding", "o c 1 p q -> (p q c) o"),
+  *linear("text/in", "text_embedding.0"),
+  *linear("text/out", "text_embedding.2"),
+  *linear("time/in", "time_embedding.0"),
+  *linear("time/out", "time_embedding.2"),
+  *linear("time/projection", "time_projection.1", "(six o) i -> i six o", "(six o) -> six o"),
+  Leaf("blocks/modulation", ("blocks.{i}.modulation",), ("1 six o -> six o",)),
+  *_fused("blocks/self_attn/qkv", (f"{_SELF}.q", f"{_SELF}.k", f"{_SELF}.v"), (True, True, False)),
+  Leaf("blocks/self_attn/norm_q/scale", (f"{_SELF}.norm_q.weight",), (_ROTARY,)),
+  Leaf("blocks/self_attn/norm_k/scale", (f"{_SELF}.norm_k.weight",), (_ROTARY,)),
+  *linear("blocks/self_attn/out", f"{_SELF}.o", _OUT),
+  *_norm("blocks/norm_cross", "blocks.{i}.norm3"),
+  *linear("blocks/cross_attn/q", f"{_CROSS}.q", _HEAD_ROWS, _HEADS),
+  *_fused("blocks/cross_attn/kv", (f"{_CROSS}.k", f"{_CROSS}.v"), (False, False)),
+  Leaf("blocks/cross_attn/norm_q/scale", (f"{_CROSS}.norm_q.weight",), (_HEADS,)),
+  Leaf("blocks/cross_attn/norm_k/scale", (f"{_CROSS}.norm_k.weight",), (_HEADS,)),
+  *linear("blocks/cross_attn/out", f"{_CROSS}.o", _OUT),
+  *linear("blocks/ffn_in", "blocks.{i}.ffn.0"),
+  *linear("blocks/ffn_out", "blocks.{i}.ffn.2"),
+  Leaf("head/modulation", ("head.modulation",), ("1 two o -> two o",)),
+  *linear("head/projection", "head.head"),
+)
+
+# Hybrid models only.
+_HYBRID_ROWS: tuple[Leaf, ...] = linear("blocks/self_attn/linear_proj", f"{_SELF}.linear_proj")
+
+# Image-to-video models only.
+_IMAGE_ROWS: tuple[Leaf, ...] = (
+  *_norm("text/image_norm_in", "img_emb.proj.0"),
+  *linear("text/image_in", "img_emb.proj.1"),
+  *linear("text/image_out", "img_emb.proj.3"),
+  *_norm("text/image_norm_out", "img_emb.proj.4"),
+  *_fused("blocks/cross_attn/image_kv", (f"{_CROSS}.k_img", f"{_CROSS}.v_img"), (False, False)),
+  Leaf("blocks/cross_attn/norm_image_k/scale", (f"{_CROSS}.norm_k_img.weight",), (_HEADS,)),
+)
+
+# Module names of Diffusers' WanTransformer3DModel, by original module name; shapes are the same.
+_DIFFUSERS: dict[str, str] = {
+  "patch_embedding": "patch_embedding",
+  "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+  "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+  "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+  "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+  "time_projection.1": "condition_embedder.time_proj",
+  "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+  "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+  "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+  "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+  "blocks.{i}.modulation": "blocks.{i}.scale_shift_table",
+  "blocks.{i}.norm3": "blocks.{i}.norm2",
+  "blocks.{i}.ffn.0": "blocks.{i}.ffn.net.0.proj",
+  "blocks.{i}.ffn.2": "blocks.{i}.ffn.net.2",
+  **{
+    f"blocks.{{i}}.{a}_attn.{x}": f"blocks.{{i}}.attn{n}.{y}"
+    for a, n in (("self", 1), ("cross", 2))
+    for x, y in (
+      ("q", "to_q"),
+      ("k", "to_k"),
+      ("v", "to_v"),
+      ("o", "to_out.0"),
+      ("norm_q", "norm_q"),
+      ("norm_k", "norm_k"),
+    )
+  },
+  "blocks.{i}.self_attn.linear_proj": "blocks.{i}.attn1.linear_proj",
+  "blocks.{i}.cross_attn.k_img": "blocks.{i}.attn2.add_k_proj",
+  "blocks.{i}.cross_attn.v_img": "blocks.{i}.attn2.add_v_proj",
+  "blocks.{i}.cross_attn.norm_k_img": "blocks.{i}.attn2.norm_added_k",
+  "head.modulation": "scale_shift_table",
+  "head.head": "proj_out",
+}
+
+
+def table(config: WanConfig) -> Table:
+  """The name table of an architecture."""
+  rows = _ROWS
+  rows += _HYBRID_ROWS if config.linear else ()
+  rows += _IMAGE_ROWS if config.image_dim else ()
+  p, q = config.patch
+  return Table(
+    leaves=rows,
+    init=lambda: wan.init_params(config, jax.random.key(0)),
+    sizes={"h": config.heads, "two": 2, "six": 6, "p": p, "q": q},
+    diffusers=_DIFFUSERS,
+    layers=config.layers,
+  )
+
+
+def from_original(config: WanConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Nested parameters from tensors under original names; see `Table.from_original`."""
+  return table(config).from_original(tensors)
+
+
+def to_original(config: WanConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Tensors under original names; see `Table.to_original`."""
+  return table(config).to_original(params)
 
 
 def config_from_original(cfg: Mapping[str, Any], linear: bool) -> WanConfig:
@@ -64,139 +177,4 @@ def config_from_original(cfg: Mapping[str, Any], linear: bool) -> WanConfig:
     image_dim=1280 if cfg.get("model_type") == "i2v" else 0,
     linear=linear,
     eps=cfg.get("eps", 1e-6),
-  )
-
-
-def from_original(config: WanConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Nested parameters from tensors under original names; dtypes stay as they are.
-
-  Raises ValueError that lists missing, unexpected and misshapen tensors, at most 20 by name.
-  """
-  table = leaves(config)
-  wanted = {s for leaf in table for name in leaf.sources for s in _expand(name, config.layers)}
-  _complain("missing", wanted - tensors.keys())
-  _complain("unexpected", tensors.keys() - wanted)
-  shapes = _shapes(config)
-  wrong = [
-    f"{n} {list(tensors[n].shape)} instead of {list(shapes[n])}"
-    for n in sorted(wanted)
-    if tuple(tensors[n].shape) != shapes[n]
-  ]
-  _complain("misshapen", wrong)
-
-  params: dict[str, Any] = {}
-  for leaf in table:
-    layered = "{i}" in leaf.sources[0]
-    parts = []
-    for i in range(config.layers if layered else 1):
-      sources = [
-        _fold(np.asarray(tensors[s.format(i=i)]), layout, config)
-        for s, layout in zip(leaf.sources, leaf.layouts, strict=True)
-      ]
-      parts.append(sources[0] if leaf.axis is None else np.stack(sources, axis=leaf.axis))
-    _put(params, leaf.path, np.stack(parts) if layered else parts[0])
-  return params
-
-
-def to_original(config: WanConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Tensors under original names; the inverse of `from_original`, bit for bit.
-
-  Works for anything shaped like parameters, such as gradients.
-  """
-  tensors = {}
-  for leaf in leaves(config):
-    array: Any = params
-    for key in leaf.path.split("/"):
-      array = array[key]
-    array = np.asarray(array)
-    layered = "{i}" in leaf.sources[0]
-    for i in range(config.layers if layered else 1):
-      part = array[i] if layered else array
-      for n, (source, layout) in enumerate(zip(leaf.sources, leaf.layouts, strict=True)):
-        piece = part if leaf.axis is None else np.take(part, n, axis=leaf.axis)
-        tensors[source.format(i=i)] = _unfold(piece, layout, config)
-  return tensors
-
-
-def to_diffusers_name(name: str) -> str:
-  """Diffusers' name of a tensor, from its original name; KeyError if there is none."""
-  parts = name.split(".")
-  block = parts[1] if parts[0] == "blocks" else None
-  if block is not None:
-    parts[1] = "{i}"
-  module, suffix = ".".join(parts), ""
-  if module not in names.DIT_DIFFUSERS:
-    module, suffix = ".".join(parts[:-1]), "." + parts[-1]
-  return names.DIT_DIFFUSERS[module].format(i=block) + suffix
-
-
-def _expand(name: str, layers: int) -> list[str]:
-  return [name.format(i=i) for i in range(layers)] if "{i}" in name else [name]
-
-
-def _shapes(c: WanConfig) -> dict[str, tuple[int, ...]]:
-  """Shape of every original tensor, by name (spec section 11.1)."""
-  widths = {
-    "patch_embedding": (c.dim, c.in_dim, 1, *c.patch),
-    "text_embedding.0": (c.dim, c.text_dim),
-    "text_embedding.2": (c.dim, c.dim),
-    "time_embedding.0": (c.dim, c.freq_dim),
-    "time_embedding.2": (c.dim, c.dim),
-    "time_projection.1": (6 * c.dim, c.dim),
-    "head.head": (c.patch[0] * c.patch[1] * c.out_dim, c.dim),
-    "blocks.{i}.ffn.0": (c.ffn_dim, c.dim),
-    "blocks.{i}.ffn.2": (c.dim, c.ffn_dim),
-    "blocks.{i}.self_attn.linear_proj": (c.head_dim, c.head_dim),
-    "img_emb.proj.0": (c.image_dim,),
-    "img_emb.proj.1": (c.image_dim, c.image_dim),
-    "img_emb.proj.3": (c.dim, c.image_dim),
-    "blocks.{i}.modulation": (1, 6, c.dim),
-    "head.modulation": (1, 2, c.dim),
-  }
-  vectors = ("norm_q", "norm_k", "norm3", "norm_k_img", "img_emb.proj.4")
-  shapes = {}
-  for leaf in leaves(c):
-    for source in leaf.sources:
-      module, _, suffix = source.rpartition(".")
-      shape = widths.get(source) or widths.get(module)
-      if shape is None:
-        shape = (c.dim,) if module.endswith(vectors) else (c.dim, c.dim)
-      if suffix == "bias":
-        shape = shape[:1]
-      for name in _expand(source, c.layers):
-        shapes[name] = shape
-  return shapes
-
-
-def _sizes(layout: str, c: WanConfig) -> dict[str, int]:
-  known = {"h": c.heads, "two": 2, "six": 6, "p": c.patch[0], "q": c.patch[1]}
-  letters = layout.replace("(", " ").replace(")", " ").split()
-  return {k: v for k, v in known.items() if k in letters}
-
-
-def _fold(x: np.ndarray, layout: str, c: WanConfig) -> np.ndarray:
-  return rearrange(x, layout, **_sizes(layout, c))
-
-
-def _unfold(x: np.ndarray, layout: str, c: WanConfig) -> np.ndarray:
-  there, _, ours = layout.partition(" -> ")
-  return np.ascontiguousarray(rearrange(x, f"{ours} -> {there}", **_sizes(layout, c)))
-
-
-def _put(tree: dict[str, Any], path: str, value: np.ndarray):
-  *parents, last = path.split("/")
-  for key in parents:
-    tree = tree.setdefault(key, {})
-  tree[last] = value
-
-
-def _complain(what: str, tensors):
-  if not tensors:
-    return
-  shown = sorted(tensors)
-  more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-  plural = "s" if len(shown) > 1 else ""
-  raise ValueError(
-    f"The checkpoint has {len(shown)} {what} tensor{plural}: {', '.join(shown[:_SHOWN])}{more}. "
-    "Check that it holds the architecture that its configuration says."
   )

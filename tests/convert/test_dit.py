@@ -39,7 +39,9 @@ def test_dtypes_stay_as_they_are():
 def test_the_table_covers_every_parameter(config):
   shapes = jax.eval_shape(lambda k: wan.init_params(config, k), jax.random.key(0))
   paths = jax.tree_util.tree_flatten_with_path(shapes)[0]
-  assert {"/".join(k.key for k in p) for p, _ in paths} == {x.path for x in dit.leaves(config)}
+  assert {"/".join(k.key for k in p) for p, _ in paths} == {
+    x.path for x in dit.table(config).leaves
+  }
 
 
 def test_published_names_and_shapes():
@@ -116,6 +118,7 @@ def test_other_architectures_are_refused(change, sentence):
 
 def test_diffusers_names():
   """Spec section 11.3; the affine norm and the other one swap numbers."""
+  table = dit.table(IMAGE)
   names = {
     "blocks.7.norm3.weight": "blocks.7.norm2.weight",
     "blocks.0.self_attn.o.bias": "blocks.0.attn1.to_out.0.bias",
@@ -125,6 +128,6 @@ def test_diffusers_names():
     "time_projection.1.weight": "condition_embedder.time_proj.weight",
   }
   for original, diffusers in names.items():
-    assert dit.to_diffusers_name(original) == diffusers
+    assert table.diffusers_name(original) == diffusers
   with pytest.raises(KeyError):
-    dit.to_diffusers_name("blocks.0.other.weight")
+    table.diffusers_name("blocks.0.other.weight")

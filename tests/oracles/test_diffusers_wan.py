@@ -237,18 +237,14 @@ def exact_sinusoids(model):
 
 def original_names(config: WanConfig) -> list[str]:
   """Original names of all tensors of an architecture."""
-  return [
-    name
-    for leaf in dit.leaves(config)
-    for source in leaf.sources
-    for name in dict.fromkeys(source.format(i=i) for i in range(config.layers))
-  ]
+  return list(dit.table(config).shapes)
 
 
 def to_original_names(config: WanConfig, tensors) -> dict[str, np.ndarray]:
   """Diffusers' tensors under original names."""
   return {
-    name: tensors[dit.to_diffusers_name(name)].detach().numpy() for name in original_names(config)
+    name: tensors[dit.table(config).diffusers_name(name)].detach().numpy()
+    for name in original_names(config)
   }
 
 
@@ -344,7 +340,7 @@ def per_token(case: Case, t: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", CASES)
 def test_names(name):
   config, (model, params) = CASES[name].config, build(name)
-  expected = [dit.to_diffusers_name(n) for n in original_names(config)]
+  expected = [dit.table(config).diffusers_name(n) for n in original_names(config)]
   assert len(set(expected)) == len(expected)
   assert set(expected) == set(model.state_dict())
   assert set(original_names(config)) == set(dit.to_original(config, params))
@@ -355,7 +351,7 @@ def test_names_and_sizes_of_presets(name):
   config = preset(name)
   with torch.device("meta"):
     theirs = make_theirs(config).state_dict()
-  names = {dit.to_diffusers_name(n): n for n in original_names(config)}
+  names = {dit.table(config).diffusers_name(n): n for n in original_names(config)}
   extra = {n for n in names if ".linear_proj." in n}
   assert len(extra) == (2 * config.layers if config.linear else 0)
   assert names.keys() - extra == theirs.keys()
