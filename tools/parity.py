@@ -32,8 +32,12 @@ from einops import rearrange  # noqa: E402
 
 import pallas_kernels  # noqa: E402
 from hfjax.convert import dit  # noqa: E402
+from hfjax.convert import umt5 as text_names  # noqa: E402
+from hfjax.convert import vae as video_names  # noqa: E402
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule, training_target  # noqa: E402
 from hfjax.models import rope, wan  # noqa: E402
+from hfjax.models import umt5 as text_encoder  # noqa: E402
+from hfjax.models import vae as video_coder  # noqa: E402
 from hfjax.models.geometry import Geometry  # noqa: E402
 from hfjax.streaming import state as streaming  # noqa: E402
 from hfjax.streaming import step as stepping  # noqa: E402
@@ -46,6 +50,7 @@ SPARSE = 1e-5
 FORWARD = 2e-5
 ROLLOUT = 5e-5
 STATE = 2e-5
+AUTOENCODER = 2e-5
 GRADIENT = 2e-5  # share of the array's norm
 # Tokens that the published dense model sees if its window is -1, whatever the size of a frame.
 UNBOUNDED_WINDOW = 32_760
@@ -475,6 +480,51 @@ def memory_rows(g: Golden, memories: list) -> Iterator[Row]:
   yield from g.equal("out/linear_seqlen", seqlen)
 
 
+def umt5(g: Golden) -> Iterator[Row]:
+  config = text_names.config_from_original(g.cfg)
+  params = jax.tree.map(jnp.asarray, text_names.from_original(config, g.params()))
+  encode = jax.jit(text_encoder.encode, static_argnums=(0, 4, 5))
+  for n in range(len(g.setting("batches"))):
+    i, o = f"in/batch{n}/", f"out/batch{n}/"
+    inputs = (g[i + "ids"], g[i + "mask"].sum(axis=1), jnp.float32)
+    yield from g.close(o + "hidden", encode(config, params, *inputs, True), FORWARD)
+    yield from g.close(o + "hidden_padding_zeroed", encode(config, params, *inputs, False), FORWARD)
+  got = text_encoder.relative_buckets(
+    g["in/relative_positions"], config.buckets, config.max_distance
+  )
+  yield from g.equal("out/relative_buckets", got)
+
+
+def vae(g: Golden) -> Iterator[Row]:
+  statistics = {f"latents_{k}": g[f"in/{k}"].tolist() for k in ("mean", "std")}
+  config = video_names.config_from_original({**g.cfg, **statistics})
+  params = jax.tree.map(jnp.asarray, video_names.from_original(config, g.params()))
+  encode, decode = (jax.jit(partial(f, config)) for f in (video_coder.encode, video_coder.decode))
+  video, latent, stream = (
+    rearrange(g[f"in/{k}"], "b c t y x -> b t y x c") for k in ("video", "latent", "latent_stream")
+  )
+
+  def close(key: str, x: Any) -> Iterator[Row]:
+    yield from g.close(
+      f"out/{key}", rearrange(np.asarray(x), "b t y x c -> b c t y x"), AUTOENCODER
+    )
+
+  yield from close("encoded", encode(params, video))
+  yield from close("encoded_first_frame_only", encode(params, video[:, :1]))
+  yield from close("decoded", decode(params, latent))
+  first, cache = jax.jit(partial(video_coder.decode_first, config))(params, stream[:, :1])
+  go_on = jax.jit(partial(video_coder.decode_chunk, config))
+  at = 0
+  for n, frames in enumerate(g.setting("pieces")):
+    given = stream[:, max(at, 1) : at + frames]
+    pixels = [] if at else [first]
+    if given.shape[1]:
+      more, cache = go_on(params, cache, given)
+      pixels.append(more)
+    yield from close(f"cached_decode_piece{n}", jnp.concatenate(pixels, axis=1))
+    at += frames
+
+
 # By the beginning of the file's name, so that a folder may hold several files of a kind.
 CASES = {
   "schedule": schedule,
@@ -484,6 +534,8 @@ CASES = {
   "causal_dense_rollout": causal_dense,
   "hybrid_infer_rollout": hybrid_infer,
   "hybrid_train_rollout": hybrid_train,
+  "umt5": umt5,
+  "vae": vae,
 }
 
 

@@ -71,7 +71,7 @@ _IMAGE_ROWS: tuple[Leaf, ...] = (
 )
 
 # Module names of Diffusers' WanTransformer3DModel, by original module name; shapes are the same.
-_DIFFUSERS: dict[str, str] = {
+DIFFUSERS: dict[str, str] = {
   "patch_embedding": "patch_embedding",
   "text_embedding.0": "condition_embedder.text_embedder.linear_1",
   "text_embedding.2": "condition_embedder.text_embedder.linear_2",
@@ -117,7 +117,7 @@ def table(config: WanConfig) -> Table:
     leaves=rows,
     init=lambda: wan.init_params(config, jax.random.key(0)),
     sizes={"h": config.heads, "two": 2, "six": 6, "p": p, "q": q},
-    diffusers=_DIFFUSERS,
+    diffusers=DIFFUSERS,
     layers=config.layers,
   )
 
@@ -178,3 +178,40 @@ def config_from_original(cfg: Mapping[str, Any], linear: bool) -> WanConfig:
     linear=linear,
     eps=cfg.get("eps", 1e-6),
   )
+
+
+def published_config(config: WanConfig, style: str) -> dict[str, Any]:
+  """config.json that original or Diffusers code wants beside the tensors."""
+  c = config
+  both = {
+    "patch_size": [1, *c.patch],
+    "text_dim": c.text_dim,
+    "freq_dim": c.freq_dim,
+    "ffn_dim": c.ffn_dim,
+    "num_layers": c.layers,
+    "eps": c.eps,
+  }
+  if style == "original":
+    return {
+      "_class_name": "WanModel",
+      "model_type": "i2v" if c.image_dim else "t2v",
+      **both,
+      "text_len": c.text_len,
+      "in_dim": c.in_dim,
+      "dim": c.dim,
+      "out_dim": c.out_dim,
+      "num_heads": c.heads,
+    }
+  return {
+    "_class_name": "WanTransformer3DModel",
+    **both,
+    "num_attention_heads": c.heads,
+    "attention_head_dim": c.head_dim,
+    "in_channels": c.in_dim,
+    "out_channels": c.out_dim,
+    "qk_norm": "rms_norm_across_heads",
+    "cross_attn_norm": True,
+    "image_dim": c.image_dim or None,
+    "added_kv_proj_dim": c.dim if c.image_dim else None,
+    "rope_max_seq_len": 1024,
+  }

@@ -66,7 +66,7 @@ class Table:
         shape = shape[: leaf.axis] + shape[leaf.axis + 1 :]
       blank = np.broadcast_to(np.int8(0), shape)  # holds no memory
       for source, layout in zip(leaf.sources, leaf.layouts, strict=True):
-        unfolded = self.unfold(blank, layout).shape
+        unfolded = self._unfold(blank, layout).shape
         for i in range(self.layers if leaf.is_layered else 1):
           shapes[source.format(i=i)] = unfolded
     return shapes
@@ -77,8 +77,11 @@ class Table:
 
   def unfold(self, x: np.ndarray, layout: str) -> np.ndarray:
     """A tensor in our layout as it is published."""
+    return np.ascontiguousarray(self._unfold(x, layout))
+
+  def _unfold(self, x: np.ndarray, layout: str) -> np.ndarray:
     theirs, _, ours = layout.partition(" -> ")
-    return np.ascontiguousarray(rearrange(x, f"{ours} -> {theirs}", **self._named_sizes(layout)))
+    return rearrange(x, f"{ours} -> {theirs}", **self._named_sizes(layout))
 
   def from_original(self, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Nested parameters from tensors under original names; dtypes stay as they are.

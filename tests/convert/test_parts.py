@@ -1,0 +1,132 @@
+"""Checkpoints of several models: original folders, Diffusers pipelines, autoencoders, encoder."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from hfjax.convert import CheckpointError, checkpoint, load
+from hfjax.convert.registry import KINDS
+from hfjax.models.presets import WanConfig
+from hfjax.models.taehv import TAEHV
+from hfjax.models.umt5 import Umt5Config
+from hfjax.models.vae import WAN21
+from tests.convert.test_checkpoints import DENSE, convert, flat, put, refused, same
+
+CONFIGS = {
+  "dit": DENSE,
+  "vae": dataclasses.replace(WAN21, dim=4),
+  "umt5": Umt5Config(vocab=20, dim=16, dim_attn=24, dim_ffn=12, heads=4, layers=2),
+  "taehv": dataclasses.replace(TAEHV, encoder_dim=4, decoder_dims=(8, 6, 4, 4)),
+}
+PIPELINE = ("dit", "vae", "umt5")
+
+
+def tensors_of(name, seed=0):
+  r = np.random.default_rng(seed)
+  shapes = KINDS[name].table(CONFIGS[name]).shapes
+  return {k: r.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+
+
+TENSORS = {name: tensors_of(name) for name in CONFIGS}
+
+
+def wan_folder(folder):
+  for name in PIPELINE:
+    kind = KINDS[name]
+    cfg = kind.published(CONFIGS[name], "original")
+    put(folder, TENSORS[name], cfg, kind.stems["original"] + ".safetensors")
+  tokenizer = folder / "google" / "umt5-xxl"
+  tokenizer.mkdir(parents=True)
+  (tokenizer / "tokenizer.json").write_text("{}")
+  return folder
+
+
+def test_a_whole_original_folder_goes_everywhere_and_back(tmp_path, capsys):
+  wan_folder(tmp_path / "wan")
+  for source, target, to in (
+    ("wan", "ours", "hfjax"), ("ours", "pipeline", "diffusers"), ("pipeline", "again", "hfjax"),
+    ("again", "back", "original"),
+  ):  # fmt: skip
+    assert convert(tmp_path / source, tmp_path / target, "--to", to) == 0, capsys.readouterr().err
+    assert (tmp_path / target / "google" / "umt5-xxl" / "tokenizer.json").is_file()
+  for name in PIPELINE:
+    stem = KINDS[name].stems["original"]
+    same(load_file(tmp_path / "back" / f"{stem}.safetensors"), TENSORS[name])
+    loaded = load(tmp_path / "again", name)
+    assert loaded.config == CONFIGS[name]
+    want = KINDS[name].table(CONFIGS[name]).from_original(TENSORS[name])
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, want)
+  assert (tmp_path / "pipeline" / "text_encoder" / "model.safetensors").is_file()
+
+
+def test_one_model_of_many(tmp_path, capsys):
+  wan_folder(tmp_path / "wan")
+  assert convert(tmp_path / "wan", tmp_path / "ours", "--model", "vae") == 0
+  assert [p.name for p in checkpoint._hfjax_folders(tmp_path / "ours")] == ["vae"]
+  # Another one is added to it, and the first stays.
+  assert convert(tmp_path / "wan", tmp_path / "ours", "--model", "dit", "--overwrite") == 0
+  assert sorted(p.name for p in checkpoint._hfjax_folders(tmp_path / "ours")) == ["dit", "vae"]
+  assert "holds no taehv" in refused(capsys, tmp_path / "wan", tmp_path / "x", "--model", "taehv")
+
+
+def test_the_tiny_autoencoder_takes_the_last_frames_of_larger_ones(tmp_path, capsys):
+  tensors = dict(TENSORS["taehv"])
+  name = "decoder.7.conv.weight"
+  tensors[name] = np.concatenate([np.ones_like(tensors[name]), tensors[name]])
+  put(tmp_path / "tiny", tensors, None, "taew2_1.safetensors")
+  assert convert(tmp_path / "tiny", tmp_path / "ours") == 0
+  loaded = load(tmp_path / "ours", "taehv")
+  assert loaded.config == CONFIGS["taehv"]
+  want = flat(KINDS["taehv"].table(CONFIGS["taehv"]).from_original(TENSORS["taehv"]))
+  same({k: np.asarray(v) for k, v in flat(loaded.params).items()}, want)
+  error = refused(capsys, tmp_path / "ours", tmp_path / "x", "--to", "diffusers")
+  assert "taehv has no diffusers naming" in error
+
+
+def test_tied_embeddings_may_come_under_either_name(tmp_path):
+  kind, config = KINDS["umt5"], CONFIGS["umt5"]
+  table = kind.table(config)
+  theirs = {table.diffusers_name(k): v for k, v in TENSORS["umt5"].items()}
+  shared = theirs.pop("shared.weight")
+  cfg = kind.published(config, "diffusers")
+  for n, extra in enumerate((
+    {"shared.weight": shared}, {"encoder.embed_tokens.weight": shared},
+    {"shared.weight": shared, "encoder.embed_tokens.weight": shared},
+  )):  # fmt: skip
+    put(tmp_path / str(n), {**theirs, **extra}, cfg, "model.safetensors")
+    part = checkpoint.open_parts(tmp_path / str(n))[0]
+    same({k: t.read() for k, t in part.tensors.items()}, TENSORS["umt5"])
+
+
+def test_latent_statistics_come_from_the_configuration(tmp_path):
+  config = dataclasses.replace(CONFIGS["vae"], z_dim=2, mean=(0.5, 1.0), std=(2.0, 3.0))
+  shapes = KINDS["vae"].table(config).shapes
+  tensors = {k: np.ones(s, np.float32) for k, s in shapes.items()}
+  table = KINDS["vae"].table(config)
+  theirs = {table.diffusers_name(k): v for k, v in tensors.items()}
+  put(tmp_path / "vae", theirs, KINDS["vae"].published(config, "diffusers"))
+  assert checkpoint.open_parts(tmp_path / "vae")[0].config == config
+  put(tmp_path / "plain", tensors, None, "x.safetensors")
+  part = checkpoint.open_parts(tmp_path / "plain")[0]
+  assert part.config.mean == (0.0, 0.0) and "statistics of the 2 latent" in part.notes[0]
+
+
+def test_a_low_rank_update_needs_a_transformer(tmp_path):
+  from hfjax.convert import lora
+
+  put(tmp_path / "tiny", TENSORS["taehv"], None, "taew2_1.safetensors")
+  with pytest.raises(CheckpointError, match="updates a transformer"):
+    lora.merge(checkpoint.open_parts(tmp_path / "tiny"), tmp_path / "l.safetensors")
+
+
+def test_every_model_has_a_table_of_its_own_shapes():
+  assert isinstance(CONFIGS["dit"], WanConfig)
+  for name, kind in KINDS.items():
+    table = kind.table(CONFIGS[name])
+    assert {leaf.path for leaf in table.leaves} == set(table.our_shapes)
+    if kind.names:
+      theirs = {table.diffusers_name(n) for n in table.shapes}
+      assert len(theirs) == len(table.shapes)

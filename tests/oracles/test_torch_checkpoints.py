@@ -1,0 +1,153 @@
+"""Files of PyTorch trainers, in; and hostile ones."""
+
+import contextlib
+import io
+import os
+import pickle
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from hfjax.convert import CheckpointError, checkpoint, load
+from tests.convert.test_checkpoints import TENSORS, convert, folders, refused, same
+
+WEIGHTS = {k: torch.from_numpy(v.copy()) for k, v in TENSORS.items()}
+EMA = {k: v + 1 for k, v in WEIGHTS.items()}
+
+
+def prefixed(prefix, tensors=WEIGHTS):
+  return {prefix + k: v for k, v in tensors.items()}
+
+
+def wrapped(tensors):
+  """Names as nested FSDP leaves them."""
+  return {
+    "model." + k.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): v
+    for k, v in tensors.items()
+  }
+
+
+def read(path, averaged=False):
+  part = checkpoint.open_parts(path, averaged=averaged)[0]
+  return {k: t.read() for k, t in part.tensors.items()}
+
+
+@pytest.mark.parametrize(
+  "held",
+  [
+    WEIGHTS,
+    {"generator": prefixed("model.")},
+    {"model": prefixed("model.diffusion_model.")},
+    {"state_dict": prefixed("model._orig_mod.")},
+    {"generator": wrapped(WEIGHTS), "critic": {"x": torch.ones(2)}, "step": 7},
+    {"generator": prefixed("model.", WEIGHTS), "generator_ema": wrapped(EMA)},
+    {"generator_ema": wrapped(WEIGHTS)},
+  ],
+)
+def test_weights_of_trainers(tmp_path, held):
+  torch.save(held, tmp_path / "model.pt")
+  same(read(tmp_path / "model.pt"), TENSORS)
+
+
+def test_moving_averages_on_request(tmp_path, capsys):
+  torch.save({"generator": WEIGHTS, "generator_ema": wrapped(EMA)}, tmp_path / "model.pt")
+  same(read(tmp_path / "model.pt", averaged=True), {k: v.numpy() for k, v in EMA.items()})
+  assert convert(tmp_path / "model.pt", tmp_path / "ours", "--ema", "--to", "original") == 0
+  found = load_file(tmp_path / "ours" / "diffusion_pytorch_model.safetensors")
+  same(found, {k: v.numpy() for k, v in EMA.items()})
+  torch.save({"generator": WEIGHTS}, tmp_path / "plain.pt")
+  assert "holds no averaged weights" in refused(
+    capsys, tmp_path / "plain.pt", tmp_path / "x", "--ema"
+  )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes_and_views(tmp_path, dtype):
+  tensors = {k: v.to(dtype) for k, v in WEIGHTS.items()}
+  # Tensors that share a storage, and one that is not contiguous.
+  both = torch.stack([tensors["blocks.0.ffn.0.bias"], tensors["blocks.1.ffn.0.bias"]])
+  tensors["blocks.0.ffn.0.bias"], tensors["blocks.1.ffn.0.bias"] = both[0], both[1]
+  tensors["head.head.weight"] = tensors["head.head.weight"].T.contiguous().T
+  torch.save(tensors, tmp_path / "model.pt")
+  got = read(tmp_path / "model.pt")
+  for k, v in tensors.items():
+    want = v.contiguous().flatten().view(torch.uint8).numpy()
+    assert got[k].tobytes() == want.tobytes(), k
+  again = read(tmp_path / "model.pt")
+  same(got, again)
+
+
+def test_conversion_equals_that_of_safetensors(tmp_path):
+  torch.save({"generator": prefixed("model.")}, tmp_path / "model.pt")
+  assert convert(tmp_path / "model.pt", tmp_path / "ours") == 0
+  assert load(tmp_path / "ours").variant == "reference_infer"
+  same({k: t.read() for k, t in checkpoint.open_parts(tmp_path / "ours")[0].tensors.items()},
+       TENSORS)  # fmt: skip
+
+
+class Evil:
+  """Runs a command when it is unpickled."""
+
+  def __reduce__(self):
+    return (os.system, ("touch evil",))
+
+
+def legacy(path, value):
+  torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+  ("make", "sentence"),
+  [
+    (lambda p: torch.save({"generator": WEIGHTS, "args": Evil()}, p), "asks to run code"),
+    (lambda p: p.write_bytes(pickle.dumps(Evil())), "can be read|asks to run code"),
+    (lambda p: legacy(p, WEIGHTS), "can be read"),
+    (lambda p: p.write_bytes(b""), "can be read"),
+    (lambda p: p.write_bytes(b"PK\x03\x04 nothing"), "can be read"),
+    (lambda p: torch.save(torch.ones(3), p), "holds a Tensor, not a dictionary"),
+    (lambda p: torch.save({"step": 3}, p), "holds no weights"),
+    (lambda p: torch.save({"generator": {**WEIGHTS, "step": 3}}, p), "step of type int"),
+    (lambda p: torch.save({"a": torch.ones(2, dtype=torch.complex64)}, p), "a as complex64"),
+  ],
+)  # fmt: skip
+def test_hostile_files_get_a_sentence(tmp_path, monkeypatch, capsys, make, sentence):
+  monkeypatch.chdir(tmp_path)
+  make(tmp_path / "model.pt")
+  error = refused(capsys, tmp_path / "model.pt", tmp_path / "ours")
+  assert re.search(sentence, error), error
+  assert folders(tmp_path) == ["model.pt"]
+
+
+def test_truncated_and_damaged_files_never_give_a_traceback(tmp_path):
+  buffer = io.BytesIO()
+  torch.save({"generator": WEIGHTS}, buffer)
+  data, r = buffer.getvalue(), np.random.default_rng(0)
+  path = tmp_path / "model.pt"
+  for n in range(80):
+    broken = bytearray(data)
+    if n % 2:
+      broken = broken[: r.integers(0, len(data))]
+    else:
+      for at in r.integers(0, len(data), 5):
+        broken[at] = r.integers(256)
+    path.write_bytes(bytes(broken))
+    with contextlib.suppress(CheckpointError):
+      assert read(path).keys() == TENSORS.keys()
+
+
+def test_a_pickle_that_lies_about_its_storage(tmp_path):
+  """Records that are shorter than the pickle says."""
+  torch.save({"generator": WEIGHTS}, tmp_path / "good.pt")
+  with (
+    zipfile.ZipFile(tmp_path / "good.pt") as good,
+    zipfile.ZipFile(tmp_path / "model.pt", "w", zipfile.ZIP_STORED) as bad,
+  ):
+    for item in good.infolist():
+      data = good.read(item)
+      bad.writestr(item.filename, data[: len(data) // 2] if "/data/" in item.filename else data)
+  with pytest.raises(CheckpointError):
+    read(tmp_path / "model.pt")

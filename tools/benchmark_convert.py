@@ -1,0 +1,80 @@
+"""Times a conversion at full size: `python tools/benchmark_convert.py --model hybrid-1.3b`.
+
+Makes an original checkpoint of the architecture in a temporary folder (sparse files of zeros, which
+take no room), converts it to an hfjax folder, and prints time and peak memory.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from hfjax.convert import dit
+from hfjax.convert.registry import KINDS
+from hfjax.models.presets import PRESETS, preset
+
+SHARD_BYTES = 10 * 10**9
+
+
+def make_checkpoint(folder: Path, config, code: str, size: int) -> int:
+  """Writes shards whose data are a hole in the file; their bytes."""
+  stem = KINDS["dit"].stems["original"]
+  shards: list[dict] = [{}]
+  offset = total = 0
+  for name, shape in dit.table(config).shapes.items():
+    nbytes = int(np.prod(shape, dtype=np.int64)) * size
+    if offset + nbytes > SHARD_BYTES:
+      shards.append({})
+      offset = 0
+    shards[-1][name] = {
+      "dtype": code,
+      "shape": list(shape),
+      "data_offsets": [offset, offset + nbytes],
+    }
+    offset, total = offset + nbytes, total + nbytes
+  for i, header in enumerate(shards):
+    text = json.dumps(header).encode()
+    data = max(e["data_offsets"][1] for e in header.values())
+    number = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+    with (folder / f"{stem}{number}.safetensors").open("wb") as f:
+      f.write(len(text).to_bytes(8, "little") + text)
+      f.truncate(8 + len(text) + data)
+  config_json = json.dumps(dit.published_config(config, "original"))
+  (folder / "config.json").write_text(config_json)
+  return total
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; the exit status is the converter's."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+  parser.add_argument("--model", default="hybrid-1.3b", choices=PRESETS)
+  parser.add_argument("--dtype", default="bf16", choices=("bf16", "float32"), help="of the source")
+  parser.add_argument("--folder", type=Path, help="where to work; a temporary place by default")
+  args = parser.parse_args(argv)
+  code, size = {"bf16": ("BF16", 2), "float32": ("F32", 4)}[args.dtype]
+  with tempfile.TemporaryDirectory(dir=args.folder) as place:
+    source, target = Path(place, "source"), Path(place, "target")
+    source.mkdir()
+    total = make_checkpoint(source, preset(args.model), code, size)
+    tool = Path(__file__).with_name("convert_checkpoint.py")
+    start = time.perf_counter()
+    status = subprocess.run([sys.executable, tool, source, target], check=False).returncode
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+  print(
+    f"{args.model}, {args.dtype}: {total / 1e9:.2f} GB in {seconds:.1f} s "
+    f"({total / 1e6 / seconds:.0f} MB/s), peak memory {peak / 1e9:.2f} GB"
+  )
+  return status
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,78 @@
+"""Converts checkpoints: `python tools/convert_checkpoint.py SRC DST`.
+
+SRC is a file or folder of weights: original Wan folders, Diffusers folders, the .pt files of
+trainers (Self-Forcing, LongLive, Hybrid Forcing), hfjax folders. DST becomes an hfjax folder with
+one folder per model (dit, vae, umt5, taehv), or, with --to, weights under original or Diffusers
+names. Nothing is written unless everything is converted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from hfjax.convert import checkpoint, lora, write
+from hfjax.convert.registry import KINDS
+from hfjax.convert.source import CheckpointError
+from hfjax.models.geometry import VARIANTS
+
+
+def convert(args: argparse.Namespace):
+  """Reads all of SRC's models, then writes them; CheckpointError with a sentence if it cannot."""
+  parts = checkpoint.open_parts(args.source, args.model, args.variant, args.ema)
+  for path in args.lora:
+    file, _, strength = str(path).partition("@")
+    parts = lora.merge(parts, Path(file), lora.parse_strength(strength))
+  rows = [checkpoint.entries(part, args.to, args.dtype)[0] for part in parts]
+  total = sum(entry.nbytes for row in rows for entry in row)
+  for part in parts:
+    print(f"{part.kind.name}: {part.config}")
+    for note in part.notes:
+      print(f"{part.kind.name}: {note}")
+  with write.replace_folder(args.target, args.overwrite) as folder:
+    write.check_space(folder, total)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=args.quiet) as bar:
+      for part in parts:
+        bar.set_description(part.kind.name)
+        target = folder / checkpoint.part_folder(part.kind, args.to)
+        target.mkdir(exist_ok=True)
+        checkpoint.write_part(part, target, args.to, args.dtype, bar.update)
+    checkpoint.copy_tokenizer(args.source, folder)
+  print(f"Wrote {args.target}, {total / 1e9:.2f} GB.")
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; the exit status: 0, 2 with a sentence, 130 when interrupted."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("source", type=Path, metavar="SRC", help="file or folder of weights")
+  parser.add_argument("target", type=Path, metavar="DST", help="folder to make")
+  parser.add_argument("--model", default="auto", choices=("auto", *KINDS), help="which model")
+  parser.add_argument("--dtype", choices=checkpoint.CASTS, help="dtype to write; kept by default")
+  parser.add_argument("--variant", choices=VARIANTS, help="semantics the weights were trained with")
+  parser.add_argument("--to", default="hfjax", choices=("hfjax", "original", "diffusers"))
+  parser.add_argument("--ema", action="store_true", help="take moving averages of the weights")
+  parser.add_argument(
+    "--lora", action="append", default=[], metavar="FILE[@STRENGTH]",
+    help="safetensors to merge into the transformer; repeatable",
+  )  # fmt: skip
+  parser.add_argument("--overwrite", action="store_true", help="replace models that DST has")
+  parser.add_argument("--quiet", action="store_true", help="no progress bar")
+  args = parser.parse_args(argv)
+  try:
+    convert(args)
+  except CheckpointError as e:
+    print(f"convert_checkpoint: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f"convert_checkpoint: interrupted; {args.target} is as it was.", file=sys.stderr)
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
