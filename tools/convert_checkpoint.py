@@ -24,8 +24,7 @@ def convert(args: argparse.Namespace):
   """Reads all of SRC's models, then writes them; CheckpointError with a sentence if it cannot."""
   parts = checkpoint.open_parts(args.source, args.model, args.variant, args.ema)
   for path in args.lora:
-    file, _, strength = str(path).partition("@")
-    parts = lora.merge(parts, Path(file), lora.parse_strength(strength))
+    parts = lora.merge(parts, *lora.parse(path))
   rows = [checkpoint.entries(part, args.to, args.dtype)[0] for part in parts]
   total = sum(entry.nbytes for row in rows for entry in row)
   for part in parts:

@@ -24,15 +24,17 @@ _ENDS = {
 _PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.", "lora_unet_")
 
 
-def parse_strength(text: str) -> float:
-  """A strength given on the command line, 1 if none; CheckpointError if it is no number."""
+def parse(text: str) -> tuple[Path, float]:
+  """File and strength of `FILE[@STRENGTH]`; CheckpointError if the strength is no number."""
+  match = re.fullmatch(r"(.*\.safetensors)(?:@(.*))?", text)
+  path, strength = (match[1], match[2] or "1") if match else (text, "1")
   try:
-    value = float(text or 1)
-  except ValueError as e:
-    raise CheckpointError(f"The strength {text!r} of a LoRA is no number; give, say, 0.8.") from e
+    value = float(strength)
+  except ValueError:
+    value = float("nan")
   if not np.isfinite(value):
-    raise CheckpointError(f"The strength {text!r} of a LoRA is not finite; give, say, 0.8.")
-  return value
+    raise CheckpointError(f"The strength {strength!r} of {path} is no number; give, say, 0.8.")
+  return Path(path), value
 
 
 def merge(parts: Sequence[Part], path: Path, strength: float = 1.0) -> list[Part]:

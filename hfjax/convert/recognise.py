@@ -50,7 +50,7 @@ def original_names(kind: Kind, tensors: Tensors, style: str) -> dict[str, Tensor
     return dict(tensors)
   renamed: dict[str, Tensor] = {}
   for name, tensor in tensors.items():
-    renamed.setdefault(_original_name(kind.name, kind.tied(name)), tensor)
+    renamed.setdefault(original_name(kind.name, kind.tied(name)), tensor)
   return renamed
 
 
@@ -108,7 +108,8 @@ def _patterns(kind_name: str) -> tuple[tuple[re.Pattern[str], str], ...]:
 
 
 @functools.cache
-def _original_name(kind_name: str, name: str) -> str:
+def original_name(kind_name: str, name: str) -> str:
+  """Original name of a Diffusers name; the name itself if there is none."""
   for pattern, original in _patterns(kind_name):
     match = pattern.fullmatch(name)
     if match:

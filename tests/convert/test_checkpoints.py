@@ -491,3 +491,10 @@ def test_eight_devices_give_the_numbers_of_one(tmp_path):
     env={**os.environ, "PYTHONPATH": str(ROOT)},
   )  # fmt: skip
   assert run.stdout.strip() == "ok", run.stderr
+
+
+def test_strengths_of_updates():
+  assert lora.parse("a.safetensors") == (Path("a.safetensors"), 1.0)
+  assert lora.parse("x@y/a.safetensors@-0.5") == (Path("x@y/a.safetensors"), -0.5)
+  with pytest.raises(CheckpointError, match="strength 'much' of a.safetensors is no number"):
+    lora.parse("a.safetensors@much")
