@@ -42,6 +42,10 @@ def block_sparse_attention(
 
   Returns the dtype of `q`. Raises ValueError on shapes that do not fit together.
   """
+  if q.ndim != 4:
+    raise ValueError(f"q has shape {q.shape}; give [batch, length, heads, dim].")
+  if block_q < 1 or block_k < 1:
+    raise ValueError(f"Blocks are {block_q} queries and {block_k} keys; give at least 1 each.")
   b, s, h, d = q.shape
   blocks = num_blocks(k.shape[1], block_k)
   if (past_k is None) != (past_v is None) or (past_length is not None and past_k is None):
@@ -68,6 +72,14 @@ def block_sparse_attention(
       f"block_index has shape {block_index.shape}; {s} queries in blocks of {block_q} "
       f"need {want} lists."
     )
+  if not jnp.issubdtype(block_index.dtype, jnp.integer) or not block_index.shape[3]:
+    raise ValueError(
+      f"block_index is {block_index.dtype} {list(block_index.shape)}; give integers, one or more "
+      "in a list."
+    )
+  for name, n in (("length", length), ("past_length", past_length)):
+    if n is not None and (jnp.shape(n) != (b,) or not jnp.issubdtype(n.dtype, jnp.integer)):
+      raise ValueError(f"{name} is {n.dtype} {list(jnp.shape(n))}; give integers of shape [{b}].")
   if block_index.shape[3] > blocks:
     raise ValueError(
       f"block_index lists {block_index.shape[3]} blocks of keys, and there are only {blocks}."

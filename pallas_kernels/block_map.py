@@ -13,7 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def num_blocks(tokens: int, block: int) -> int:
-  """Blocks that cover `tokens`; the last may be ragged."""
+  """Blocks that cover `tokens`; the last may be ragged. ValueError if a block is empty."""
+  if block < 1:
+    raise ValueError(f"The block is {block} tokens; it needs at least 1.")
   return -(-tokens // block)
 
 

@@ -76,8 +76,8 @@ class Golden:
     try:
       with np.load(path, allow_pickle=False) as file:
         self.arrays = {k: file[k] for k in file.files}
-      self.cfg: dict[str, Any] = json.loads(str(self.arrays.pop("cfg")))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+      self.cfg: dict[str, Any] = dict(json.loads(str(self.arrays.pop("cfg"))))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
       raise UnreadableError(
         f"{path} is no golden file that can be read ({e}); make it anew, in the format "
         "of the goldens' README."
@@ -541,7 +541,10 @@ CASES = {
 
 def show(case: str, row: Row):
   numbers = ["-" if x is None else f"{x:.2e}" for x in (row.error, row.allowed)]
-  print(f"{case:24} {row.array:44} {numbers[0]:>9} {numbers[1]:>9} {row.verdict}", flush=True)
+  case, array = (
+    " ".join(x.split()) or "-" for x in (case, row.array)
+  )  # one line, whatever it holds
+  print(f"{case:24} {array:44} {numbers[0]:>9} {numbers[1]:>9} {row.verdict}", flush=True)
 
 
 def run(folder: Path, case: str | None) -> int:
@@ -562,7 +565,19 @@ def run(folder: Path, case: str | None) -> int:
       show(name, Row("-", None, None, "not covered"))
       continue
     golden = Golden(path)
-    for row in (*handler(golden), *golden.rest()):
+    try:
+      compared = tuple(handler(golden))
+    except (UnreadableError, ValueError):
+      raise
+    except Exception as e:  # whatever a configuration of wrong types and shapes leads to
+      reason = str(e).partition("\n")[0]
+      raise UnreadableError(
+        f"{name} cannot be rebuilt from its cfg and inputs ({type(e).__name__}: {reason}); make "
+        "the file anew."
+      ) from e
+    if not compared:
+      raise UnreadableError(f"{name} holds no output that its cfg speaks of; make the file anew.")
+    for row in (*compared, *golden.rest()):
       failed += row.verdict == "FAIL"
       show(name, row)
   return 1 if failed else 0
@@ -577,7 +592,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     return run(args.folder, args.case)
   except (UnreadableError, ValueError) as e:
-    print(f"parity: {e}", file=sys.stderr)
+    print("parity:", " ".join(str(e).split()), file=sys.stderr)
     return 2
 
 

@@ -6,6 +6,7 @@ A latent at noise level sigma is `(1 - sigma) x0 + sigma noise`; the network pre
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -38,9 +39,9 @@ class FlowSchedule:
   steps: int = TRAIN_TIMESTEPS
 
   def __post_init__(self):
-    if self.shift <= 0:
+    if not isinstance(self.shift, (int, float)) or not 0 < self.shift < math.inf:
       raise ValueError(f"The schedule's shift is {self.shift}; it must be positive (1 for none).")
-    if self.steps < 1:
+    if not isinstance(self.steps, int) or self.steps < 1:
       raise ValueError(f"The schedule has {self.steps} steps; it needs at least one.")
 
   @functools.cached_property
@@ -139,6 +140,11 @@ def _f32(x: Array) -> Array:
 
 def _trailing(x: Array, like: Array) -> Array:
   """Appends axes of length one so that `x` scales the leading axes of `like`."""
+  if jnp.shape(x) != jnp.shape(like)[: jnp.ndim(x)]:
+    raise ValueError(
+      f"The times have shape {jnp.shape(x)} and the latents {jnp.shape(like)}; times are for the "
+      "latents' leading axes."
+    )
   return jnp.reshape(x, x.shape + (1,) * (jnp.ndim(like) - jnp.ndim(x)))
 
 

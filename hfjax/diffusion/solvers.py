@@ -7,6 +7,7 @@ scaled sums, usable under `lax.scan` with a traced step index.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -47,9 +48,9 @@ class MultistepSolver:
   def __post_init__(self):
     if self.kind not in KINDS:
       raise ValueError(f"Unknown solver {self.kind!r}; choose one of {', '.join(KINDS)}.")
-    if self.steps < 1:
+    if not isinstance(self.steps, int) or self.steps < 1:
       raise ValueError(f"A solver of {self.steps} steps was asked for; it needs at least one.")
-    if self.shift <= 0:
+    if not isinstance(self.shift, (int, float)) or not 0 < self.shift < math.inf:
       raise ValueError(f"The solver's shift is {self.shift}; it must be positive (1 for none).")
 
   @functools.cached_property
@@ -84,6 +85,10 @@ class MultistepSolver:
 
   def step(self, state: SolverState, flow: Array, i: Int[Array, ""] | int) -> SolverState:
     """Advances by one step, given the flow predicted for `state.x` at `timesteps[i]`."""
+    if flow.shape != state.x.shape:
+      raise ValueError(
+        f"The flow has shape {flow.shape} and the latents {state.x.shape}; they must be equal."
+      )
     c = jnp.asarray(self._coefficients)[i]
     sigma = jnp.asarray(self.sigmas.astype(np.float32))[i]
     m = state.x - sigma * flow.astype(jnp.float32)

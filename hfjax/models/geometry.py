@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 import pallas_kernels
+from hfjax.models import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +84,21 @@ class Geometry:
   def __post_init__(self):
     if self.variant not in VARIANTS:
       raise ValueError(f"Unknown variant {self.variant!r}; choose one of {', '.join(VARIANTS)}.")
-    check_grid(self.height, self.width, self.patch)
+    checks.make_integers(self, "height", "width", "chunk", "window", "sink", "rope_cap", "block")
+    checks.make_patch(self)
+    checks.check_grid(self.height, self.width, self.patch)
     if self.chunk < 1:
       raise ValueError(f"A chunk of {self.chunk} frames was asked for; it needs at least 1.")
     if self.sink < 0:
       raise ValueError(f"A sink of {self.sink} frames was asked for; use 0 for none.")
     if self.block < 1:
       raise ValueError(f"The attention block is {self.block} tokens; it needs at least 1.")
-    if not 0 < self.ratio <= 1:
+    if not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
       raise ValueError(
         f"The kept ratio of key blocks is {self.ratio}; it must lie in (0, 1], where 1 keeps all."
       )
+    if self.rope_cap < 1:
+      raise ValueError(f"The rotary cap is {self.rope_cap} frames; it must be at least 1.")
     if self.window == -1:
       object.__setattr__(self, "window", self.rope_cap)
     if self.window < self.sink + self.chunk:
@@ -170,16 +175,6 @@ class Geometry:
     if self.semantics.split_blocks:
       return pallas_kernels.kept_counts(self.ratio, past, [current] * len(past), block=self.block)
     return pallas_kernels.kept_counts(self.ratio, [p + current for p in past], block=self.block)
-
-
-def check_grid(height: int, width: int, patch: tuple[int, int]):
-  """Raises ValueError unless the patch divides the latent rows and columns."""
-  for name, size, step in (("rows", height, patch[0]), ("columns", width, patch[1])):
-    if size < 1 or size % step:
-      raise ValueError(
-        f"The latent has {size} {name}, which the patch of {step} does not divide; use a positive "
-        f"multiple of {step} (in pixels, of {8 * step} with the Wan VAE)."
-      )
 
 
 jax.tree_util.register_static(Geometry)

@@ -4,7 +4,11 @@ import dataclasses
 
 import jax
 
-from hfjax.models import rope
+from hfjax.models import checks, rope
+
+_SIZES = (
+  "dim", "ffn_dim", "heads", "layers", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +39,10 @@ class WanConfig:
   eps: float = 1e-6
 
   def __post_init__(self):
-    for name in (
-      "dim",
-      "ffn_dim",
-      "heads",
-      "layers",
-      "in_dim",
-      "out_dim",
-      "text_dim",
-      "text_len",
-      "freq_dim",
-    ):
+    checks.make_integers(self, *_SIZES, "image_dim")
+    checks.make_patch(self)
+    checks.check_number("eps", self.eps, 0, 1)
+    for name in _SIZES:
       if getattr(self, name) < 1:
         raise ValueError(f"The model's {name} is {getattr(self, name)}; it must be at least 1.")
     if self.dim % self.heads:

@@ -7,6 +7,7 @@ Latents are `[b f y x c]`: batch, frames, rows, columns, channels. Times are `[b
 sample, or `[b f]`, one per frame.
 """
 
+import functools
 from typing import Any
 
 import einops
@@ -15,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hfjax.models import layers, rope
+from hfjax.models import checks, layers, rope
 from hfjax.models.attention import Attend, ClipAttention, Span
-from hfjax.models.geometry import check_grid
 from hfjax.models.presets import WanConfig
 
 Params = Any
@@ -181,6 +181,7 @@ def text_keys(
 
   Computed once per prompt for sampling. Raises ValueError on a wrong text width or length.
   """
+  check_params(config, params)
   check_context(config, context)
   check_image(config, image)
   embed = TextEmbedding(config, dtype)
@@ -216,10 +217,13 @@ def predict_flow(
 
   Raises ValueError on sizes that do not fit the model.
   """
+  check_params(config, params)
   check_latents(config, x)
   check_context(config, context)
   check_image(config, image)
   b, f = x.shape[:2]
+  t = checks.as_times(t, b, f)
+  checks.check_batch("text context", context, b)
   positions = jnp.broadcast_to(jnp.arange(f)[None], (1, f))
   grid = (x.shape[2] // config.patch[0], x.shape[3] // config.patch[1])
   drop = 0
@@ -231,23 +235,56 @@ def predict_flow(
       )
     x = jnp.concatenate([clean.astype(x.dtype), x], axis=1)
     t = t if t.ndim == 2 else jnp.broadcast_to(t[:, None], (b, f))
-    t = jnp.concatenate([jnp.zeros((b, f)) if clean_t is None else clean_t, t], axis=1)
+    before = jnp.zeros((b, f)) if clean_t is None else checks.as_times(clean_t, b, f)
+    t = jnp.concatenate([jnp.broadcast_to(before.reshape(b, -1), (b, f)), t], axis=1)
     positions = jnp.concatenate([positions, positions], axis=1)
     drop = f
+  if plan is not None:
+    check_plan(plan, positions.shape[1])
   shared = rope.grid_rotation(positions, grid, config.head_dim)
   attend = ClipAttention() if plan is None else ClipAttention(positions.shape[1], plan)
   model = Wan(config, attend, dtype, remat=remat)
   return model.apply({"params": params}, x, t, shared, context=context, image=image, drop=drop)[0]
 
 
+@functools.cache
+def _param_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+  shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+  paths = jax.tree_util.tree_flatten_with_path(shapes)[0]
+  return {"/".join(k.key for k in path): x.shape for path, x in paths}
+
+
+def check_params(config: WanConfig, params: Params):
+  """Raises ValueError unless `params` are the architecture's."""
+  checks.check_params(params, _param_shapes(config))
+
+
+def check_plan(plan: tuple[tuple[Span, tuple[Span, ...]], ...], frames: int):
+  """Raises ValueError unless a plan's queries cover the clip in order and its keys lie in it."""
+  at = 0
+  for (start, stop), keys in plan:
+    inside = keys and all(0 <= a < b <= frames for a, b in keys)
+    if start != at or stop <= start or not inside:
+      raise ValueError(
+        f"The plan lets frames {start} to {stop} see {keys}, in a clip of {frames} frames of which "
+        f"{at} are planned; make it for this clip (models.causal)."
+      )
+    at = stop
+  if at != frames:
+    raise ValueError(
+      f"The plan covers {at} frames and the clip has {frames}, clean ones included; make it for "
+      "this clip (models.causal)."
+    )
+
+
 def check_latents(config: WanConfig, x: Array):
   """Raises ValueError unless `x` is `[b f y x c]` with the model's channels and a fitting grid."""
-  if x.ndim != 5 or x.shape[-1] != config.in_dim:
+  if x.ndim != 5 or x.shape[-1] != config.in_dim or not x.shape[0] * x.shape[1]:
     raise ValueError(
       f"Latents have shape {tuple(x.shape)}; the model takes [batch, frames, rows, "
       f"columns, channels] with {config.in_dim} channels."
     )
-  check_grid(x.shape[2], x.shape[3], config.patch)
+  checks.check_grid(x.shape[2], x.shape[3], config.patch)
 
 
 def check_image(config: WanConfig, image: Array | None):

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
+from hfjax.models import checks
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
 
@@ -37,6 +39,11 @@ class StreamConfig:
   remat: bool = False
 
   def __post_init__(self):
+    if not isinstance(self.model, WanConfig) or not isinstance(self.geometry, Geometry):
+      raise ValueError(
+        f"A stream needs a WanConfig and a Geometry, and got {type(self.model).__name__} and "
+        f"{type(self.geometry).__name__}."
+      )
     if self.model.patch != self.geometry.patch:
       raise ValueError(
         f"The model's patch is {self.model.patch} and the geometry's "
@@ -50,7 +57,12 @@ class StreamConfig:
       )
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"The compute dtype is {self.dtype!r}; choose float32 or bfloat16.")
+    checks.check_number("context_timestep", self.context_timestep, 0, TRAIN_TIMESTEPS)
+    if not isinstance(self.steps, Iterable):
+      raise ValueError(f"The denoising steps are {self.steps!r}; give a list, such as (1000, 500).")
     object.__setattr__(self, "steps", tuple(self.steps))
+    for step in self.steps:
+      checks.check_number("A denoising step", step, 0, TRAIN_TIMESTEPS)
     if not self.steps:
       raise ValueError("The list of denoising steps is empty; give at least one, such as 1000.")
     times = self.timesteps  # checks warped steps

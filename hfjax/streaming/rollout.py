@@ -5,13 +5,12 @@ import functools
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from hfjax.models import wan
+from hfjax.models import checks, wan
 from hfjax.streaming.config import StreamConfig
-from hfjax.streaming.state import StreamState
+from hfjax.streaming.state import StreamState, check_state
 from hfjax.streaming.step import chunk_step, draw_noise
 
 
-@functools.partial(jax.jit, static_argnames=("config", "n_chunks"), donate_argnames="state")
 def generate(
   config: StreamConfig, params: wan.Params, state: StreamState, keys: PRNGKeyArray, n_chunks: int
 ) -> tuple[StreamState, Float[Array, "b f y x c"]]:
@@ -23,9 +22,15 @@ def generate(
   Returns the state after them and the clean latents of all their frames, float32. Beyond these
   latents, memory does not depend on `n_chunks`.
   """
-  if n_chunks < 1:
-    raise ValueError(f"{n_chunks} chunks were asked for; ask for at least 1.")
+  if not isinstance(n_chunks, int) or n_chunks < 1:
+    raise ValueError(f"{n_chunks} chunks were asked for; ask for a whole number, at least 1.")
+  check_state(config, state)
+  checks.check_batch("set of keys", keys, state.length.shape[0])
+  return _generate(config, params, state, keys, n_chunks)
 
+
+@functools.partial(jax.jit, static_argnames=("config", "n_chunks"), donate_argnames="state")
+def _generate(config, params, state, keys, n_chunks):
   def step(state, _):
     return chunk_step(config, params, state, draw_noise(config, keys, state.chunk))
 

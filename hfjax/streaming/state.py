@@ -4,6 +4,7 @@ All shapes are static, and every length is per batch element, so that streams of
 share one batch. Letters: l layers, a window frames, n tokens of a frame.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from hfjax.models import layers, memory, rope
 from hfjax.models.attention import WindowPast, WindowShared
+from hfjax.models.geometry import Geometry
+from hfjax.models.presets import WanConfig
 from hfjax.streaming.config import StreamConfig
 
 
@@ -28,6 +31,8 @@ class StreamState(NamedTuple):
   position: Int[Array, "b"]  # frames committed so far
   chunk: Int[Array, "b"]  # chunks committed so far
   text: layers.TextKV  # cross-attention keys and values of the prompt, stacked over layers
+  model: WanConfig  # what the state was made for; static, no array
+  geometry: Geometry
 
 
 class ChunkState(NamedTuple):
@@ -44,6 +49,10 @@ def init_state(config: StreamConfig, text: layers.TextKV) -> StreamState:
   Raises ValueError if `text` does not fit the model.
   """
   m, g = config.model, config.geometry
+  if not isinstance(text, layers.TextKV):
+    raise ValueError(
+      f"Text keys are a TextKV, not a {type(text).__name__}; make them with text_keys."
+    )
   want = (
     m.layers,
     text.k.shape[1] if text.k.ndim == 5 else "batch",
@@ -73,31 +82,38 @@ def init_state(config: StreamConfig, text: layers.TextKV) -> StreamState:
     position=count(),
     chunk=count(),
     text=jax.tree.map(lambda x: jnp.array(x, dtype), text),
+    model=m,
+    geometry=g,
   )
 
 
 def check_state(config: StreamConfig, state: StreamState):
-  """Raises ValueError unless `state` is one of `config`'s, whatever its batch."""
-  batch = state.length.shape[0] if getattr(state.length, "ndim", 0) == 1 else 0
-  m = config.model
-  shape = (m.layers, batch, m.text_len, m.heads, m.head_dim)
+  """Raises ValueError unless `state` is one of `config`'s, whatever its batch, and still there."""
+  if not isinstance(state, StreamState):
+    raise ValueError(f"A {type(state).__name__} was given for a state; make one with init_state.")
+  differ = [
+    f"{field.name} {getattr(theirs, field.name)} against {getattr(ours, field.name)}"
+    for theirs, ours in ((state.model, config.model), (state.geometry, config.geometry))
+    for field in dataclasses.fields(ours)
+    if getattr(theirs, field.name) != getattr(ours, field.name)
+  ]
+  if state.k.dtype != config.compute_dtype:
+    differ.append(f"dtype {state.k.dtype} against {config.dtype}")
+  if differ:
+    raise ValueError(
+      f"This state was made for another configuration ({'; '.join(differ)}). Use the configuration "
+      "it was made with, or start anew with init_state."
+    )
+  if isinstance(state.k, jax.Array) and not isinstance(state.k, jax.core.Tracer):
+    _check_alive(state.k)
 
-  def fresh():
-    kv = jnp.zeros(shape, config.compute_dtype)
-    return init_state(config, layers.TextKV(kv, kv))
 
-  want = jax.eval_shape(fresh)
-  have, expected = (dict(jax.tree_util.tree_flatten_with_path(x)[0]) for x in (state, want))
-  for path in [*expected, *(p for p in have if p not in expected)]:
-    x, y = have.get(path), expected.get(path)
-    if x is None or y is None or (x.shape, x.dtype) != (y.shape, y.dtype):
-      name = jax.tree_util.keystr(path).lstrip(".")
-      said = [f"{z.dtype} {list(z.shape)}" if z is not None else "absent" for z in (x, y)]
-      raise ValueError(
-        f"This state was made for another configuration: its {name} is {said[0]}, and this "
-        f"configuration's is {said[1]}. Use the configuration it was made with, or start anew with "
-        "init_state."
-      )
+def _check_alive(array: jax.Array):
+  if array.is_deleted():
+    raise ValueError(
+      "This state is used up: an earlier call took over its memory. Go on from the state that call "
+      "returned."
+    )
 
 
 def begin_chunk(config: StreamConfig, state: StreamState, frames: int | None = None) -> ChunkState:
@@ -111,7 +127,7 @@ def begin_chunk(config: StreamConfig, state: StreamState, frames: int | None = N
   g, variant = config.geometry, config.geometry.semantics
   check_state(config, state)
   frames = g.chunk if frames is None else frames
-  if not 1 <= frames <= g.chunk:
+  if not isinstance(frames, int) or not 1 <= frames <= g.chunk:
     raise ValueError(f"A chunk of {frames} frames was begun; this geometry takes 1 to {g.chunk}.")
   # Positions are absolute until the cap, then the chunk stays at its end and the past moves.
   limit = None if variant.dense else g.rope_cap

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hfjax.diffusion import schedule
-from hfjax.models import wan
+from hfjax.models import checks, wan
 from hfjax.models.attention import WindowAttention
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.state import ChunkState, StreamState, begin_chunk, stored_keys
@@ -95,10 +95,10 @@ def denoise_chunk(
 ) -> Float[Array, "b f y x c"]:
   """Clean latents of a chunk: every step predicts them and, but for the last, noises them again."""
   steps = len(config.steps)
-  if noise.again.shape[0] != steps - 1:
+  if noise.again.shape != (steps - 1, *noise.start.shape):
     raise ValueError(
-      f"Noise for {noise.again.shape[0]} returns to noise was given; {steps} denoising "
-      f"steps need {steps - 1}."
+      f"The noise to be added again has shape {noise.again.shape}; {steps} denoising steps from "
+      f"noise of shape {noise.start.shape} need {(steps - 1, *noise.start.shape)}."
     )
   times = jnp.asarray(config.timesteps, jnp.float32)
   sigmas = jnp.asarray(config.sigmas, jnp.float32)
@@ -142,9 +142,16 @@ def _forward(config, params, chunk, x, t, context, collect):
       f"The chunk's latents have shape {tuple(x.shape)}; the chunk that was begun takes "
       f"{(*want, m.in_dim)} ([batch, frames, rows, columns, channels])."
     )
+  if (chunk.stream.model, chunk.stream.geometry) != (m, g):
+    raise ValueError(
+      "This chunk was begun with another configuration; use the one that began it throughout."
+    )
+  wan.check_params(m, params)
+  t = checks.as_times(t, *want[:2])
   past, shared, text = jax.lax.stop_gradient((chunk.past, chunk.shared, chunk.stream.text))
   if context is not None:
     wan.check_context(m, context)
+    checks.check_batch("text context", context, want[0])
     text = None
   model = wan.Wan(m, WindowAttention(g), config.compute_dtype, collect, config.remat)
   return model.apply({"params": params}, x, t, shared, past=past, text=text, context=context)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from hfjax.models import wan
@@ -40,7 +41,8 @@ class Stream:
     seeds: one per sample, or one for all, from which each sample takes its own noise.
     """
     self.config, self.params = config, params
-    text = wan.text_keys(config.model, params, jnp.asarray(context), config.compute_dtype)
+    context = jnp.asarray(context)
+    text = wan.text_keys(config.model, params, context, config.compute_dtype)
     self.state = init_state(config, text)
     self.keys = sample_keys(seeds, context.shape[0])
 
@@ -50,6 +52,7 @@ class Stream:
     They enter in whole chunks; what they lack of whole chunks goes first, as a shorter one, so
     that a single frame or any number of frames will do.
     """
+    latents = jnp.asarray(latents)
     frames = latents.shape[1] if latents.ndim == 5 else 0
     if not frames:
       raise ValueError(
@@ -71,12 +74,16 @@ class Stream:
 
 def sample_keys(seeds: Sequence[int] | int, batch: int):
   """One random key per sample: of its own seed, or of the common seed and its number."""
-  if isinstance(seeds, int):
-    key = jax.random.key(seeds)
+  if isinstance(seeds, (int, np.integer)):
+    key = jax.random.key(int(seeds))
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+  if not isinstance(seeds, (Sequence, np.ndarray)) or isinstance(seeds, str):
+    raise ValueError(f"The seeds are {seeds!r}; give a whole number, or one for each sample.")
+  if any(not isinstance(s, (int, np.integer)) for s in seeds):
+    raise ValueError(f"The seeds are {list(seeds)}; they must be whole numbers.")
   if len(seeds) != batch:
     raise ValueError(
       f"{len(seeds)} seeds were given for {batch} samples; give one each, or a single "
       "number for all."
     )
-  return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seeds])
+  return jnp.stack([jax.random.fold_in(jax.random.key(int(s)), 0) for s in seeds])

@@ -53,6 +53,13 @@ def test_window_of_minus_one_is_the_rotary_cap():
     ({"chunk": 0}, "chunk of 0 frames"),
     ({"sink": -1}, "sink of -1 frames"),
     ({"block": 0}, "block is 0 tokens"),
+    ({"window": 9.5}, "window is 9.5; it must be a whole number"),
+    ({"height": "4"}, "height is '4'"),
+    ({"chunk": True}, "chunk is True"),
+    ({"patch": (0, 2)}, r"patch is \(0, 2\)"),
+    ({"patch": 2}, "patch is 2; give positive numbers"),
+    ({"ratio": "0.5"}, "is 0.5; it must lie in"),
+    ({"rope_cap": 0}, "rotary cap is 0 frames"),
     ({"variant": "papers"}, "Unknown variant 'papers'; choose one of paper"),
   ],
 )  # fmt: skip
@@ -87,15 +94,21 @@ def test_memory_positions_must_not_be_negative():
     ({"steps": ()}, "list of denoising steps is empty"),
     ({"steps": (500, 1000)}, "do not descend"),
     ({"steps": (1000, 0)}, "must lie in"),
-    ({"steps": (1001,)}, "step 1001 is no whole number"),
-    ({"steps": (1200.0,), "warp": False}, "must lie in"),
+    ({"steps": (1001,)}, "denoising step is 1001; it must be a number from 0 to 1000"),
+    ({"steps": (500.5,)}, "step 500.5 is no whole number"),
+    ({"steps": (0.0,), "warp": False}, "must lie in"),
     ({"dtype": "float16"}, "'float16'; choose float32 or bfloat16"),
     ({"shift": -1.0}, "shift is -1.0"),
+    ({"shift": float("nan")}, "shift is nan"),
+    ({"context_timestep": -5}, "context_timestep is -5; it must be a number from 0 to 1000"),
+    ({"steps": 1000}, "steps are 1000; give a list"),
+    ({"steps": (1000, None)}, "A denoising step is None"),
+    ({"model": None}, "needs a WanConfig and a Geometry, and got NoneType"),
   ],
 )
 def test_impossible_streams_are_refused(change, sentence):
   with pytest.raises(ValueError, match=sentence):
-    StreamConfig(MODEL, Geometry(4, 6), **change)
+    StreamConfig(**{"model": MODEL, "geometry": Geometry(4, 6), **change})
 
 
 def test_a_patch_other_than_the_models_is_refused():
@@ -114,6 +127,9 @@ def test_image_to_video_networks_do_not_stream():
     ({"dim": 30, "heads": 2}, "head dimension is 15"),
     ({"dim": 32, "heads": 3}, "width of 32 does not divide into 3 heads"),
     ({"layers": 0}, "layers is 0"),
+    ({"layers": 2.5}, "layers is 2.5; it must be a whole number"),
+    ({"patch": (2,)}, "patch is"),
+    ({"eps": float("nan")}, "eps is nan"),
     ({"freq_dim": 15}, "15 wide"),
   ],
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hfjax.models import layers, wan
+from hfjax.models import causal, layers, wan
 from hfjax.models.presets import PRESETS
 from tests.helpers import MODEL, assert_trees_close, context, random_params
 
@@ -123,6 +123,13 @@ def test_half_precision_compute_keeps_float32_parameters():
     ({"text": jnp.zeros((2, 7, 12))}, "7 rows; the model takes at most 6"),
     ({"image": jnp.zeros((2, 3, 8))}, "takes no image"),
     ({"clean": X[:, :2]}, "teacher forcing needs equal shapes"),
+    ({"t": jnp.zeros(())}, r"times have shape \(\); give one for each of 2 samples"),
+    ({"t": jnp.zeros((2, 2))}, r"times have shape \(2, 2\)"),
+    ({"text": context(1)}, "text context is for 1 samples and the latents are for 2"),
+    ({"x": X[:, :0]}, "the model takes"),
+    ({"plan": causal.block_causal(2, 1)}, "plan covers 2 frames and the clip has 3"),
+    ({"plan": causal.block_causal(4, 2)}, "in a clip of 3 frames of which 2 are planned"),
+    ({"plan": causal.block_causal(3, 3), "clean": X}, "covers 3 frames and the clip has 6"),
   ],
 )
 def test_wrong_inputs_are_refused(change, sentence):

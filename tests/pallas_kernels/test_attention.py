@@ -146,6 +146,10 @@ def test_half_precision_accumulates_in_single():
     ({"block_index": np.zeros((1, 1, 2, 3), np.int32)}, "lists 3 blocks of keys.* only 2"),
     ({"past_length": np.zeros((1,), np.int32)}, "go together"),
     ({"past_k": np.ones((1, 4, 1, 8), np.float32)}, "go together"),
+    ({"block_k": 0}, "give at least 1 each"),
+    ({"q": np.ones((1, 16, 8), np.float32)}, r"q has shape \(1, 16, 8\)"),
+    ({"block_index": np.zeros((1, 1, 2, 1), np.float32)}, "block_index is float32"),
+    ({"length": np.ones((2,), np.int32)}, r"length is int32 \[2\]"),
     ({"backend": "mosaic"}, "Unknown backend 'mosaic'"),
   ],
 )

@@ -123,7 +123,13 @@ def test_seeds():
   assert np.abs(a[0] - a[1]).max() > 0.1  # one seed for all: each sample has its own noise
   b = next(Stream(config, PARAMS, context(), seeds=[5]))
   np.testing.assert_allclose(a[:1], b, atol=2e-5)
-  with pytest.raises(ValueError, match="2 seeds were given for 1 samples"):
-    Stream(config, PARAMS, context(), seeds=[1, 2])
+  for seeds, sentence in (
+    ([1, 2], "2 seeds were given for 1 samples"), (1.5, "seeds are 1.5; give a whole number"),
+    ([1.5], "must be whole numbers"), ("a", "seeds are 'a'"), (None, "seeds are None"),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=sentence):
+      Stream(config, PARAMS, context(), seeds=seeds)
+  c = next(Stream(config, PARAMS, context(), seeds=np.int64(5)))
+  np.testing.assert_array_equal(b, c)
   with pytest.raises(ValueError, match="0 chunks"):
     generate(config, PARAMS, fresh_state(config, PARAMS), sample_keys(0, 1), 0)

@@ -9,6 +9,7 @@ import pytest
 
 from hfjax.models import causal, wan
 from hfjax.models.geometry import VARIANTS
+from hfjax.streaming.rollout import generate
 from hfjax.streaming.state import begin_chunk, init_state
 from hfjax.streaming.step import ChunkNoise, chunk_step, commit, denoise, draw_noise
 from hfjax.streaming.stream import sample_keys
@@ -244,16 +245,63 @@ def test_a_chunk_is_its_transitions_in_order():
 @pytest.mark.parametrize(
   ("change", "sentence"),
   [
-    ({"window": 8}, r"its k is float32 \[2, 1, 9, .* this configuration's is float32 \[2, 1, 8"),
-    ({"dtype": "bfloat16"}, "its k is float32 .* is bfloat16"),
-    ({"height": 6}, "its k is"),
-    ({"variant": "reference_dense"}, r"its memory.kv is float32 .* configuration's is absent"),
+    ({"window": 8}, r"configuration \(window 9 against 8\)"),
+    ({"sink": 2}, r"\(sink 3 against 2\)"),  # the same shapes, and other meanings
+    ({"dtype": "bfloat16"}, "dtype float32 against bfloat16"),
+    ({"height": 6, "ratio": 0.5}, "height 4 against 6; ratio 0.4 against 0.5"),
+    ({"variant": "reference_dense"}, "variant paper against reference_dense"),
+    ({"model": dataclasses.replace(MODEL, heads=4)}, "heads 2 against 4"),
   ],
 )
 def test_a_state_of_another_configuration_is_refused(change, sentence):
   state = fresh_state(stream_config(), PARAMS)
   with pytest.raises(ValueError, match=sentence):
     begin_chunk(stream_config(**change), state)
+  if "model" not in change and "dtype" not in change:
+    chunk = begin(stream_config(), state)
+    other = stream_config(**change)
+    with pytest.raises(ValueError, match="begun with another configuration|chunk's latents have"):
+      denoise(other, PARAMS, chunk, latents(other, 3), jnp.zeros((1,)))
+
+
+def test_a_state_that_was_donated_is_refused():
+  config = stream_config()
+  state = fresh_state(config, PARAMS)
+  generate(config, PARAMS, state, sample_keys(0, 1), 1)
+  for call in (
+    lambda: begin_chunk(config, state),
+    lambda: generate(config, PARAMS, state, sample_keys(0, 1), 1),
+  ):
+    with pytest.raises(ValueError, match="This state is used up"):
+      call()
+
+
+@pytest.mark.parametrize(
+  "t", [jnp.zeros(()), jnp.zeros((2,)), jnp.zeros((1, 2)), jnp.zeros((1, 18)), jnp.zeros((1, 1))]
+)
+def test_times_of_another_shape_are_refused(t):
+  config = stream_config()
+  chunk = begin(config, fresh_state(config, PARAMS))
+  with pytest.raises(ValueError, match="The times have shape"):
+    denoise(config, PARAMS, chunk, latents(config, 3), t)
+
+
+def test_parameters_of_another_model_are_refused():
+  config = stream_config()
+  chunk = begin(config, fresh_state(config, PARAMS))
+  x, t = latents(config, 3), jnp.zeros((1,))
+  blocks = PARAMS["blocks"]
+  less = {k: v for k, v in blocks["self_attn"].items() if k != "linear_proj"}
+  for params, sentence in (
+    ({**PARAMS, "blocks": {**blocks, "self_attn": less}}, "linear_proj/kernel is missing"),
+    ({**PARAMS, "new": jnp.ones(1)}, "new is not of this model"),
+    ({"params": PARAMS}, "is missing"),
+    ({}, "is missing; .* and 35 more"),
+    (jax.tree.map(lambda p: p.astype(jnp.int8), PARAMS), "is int8"),
+    (random_params(dataclasses.replace(MODEL, heads=4)), r"instead of \[2, 2, 16\]"),
+  ):
+    with pytest.raises(ValueError, match=sentence):
+      denoise(config, params, chunk, x, t)
 
 
 def test_wrong_chunks_are_refused():
@@ -269,8 +317,10 @@ def test_wrong_chunks_are_refused():
   with pytest.raises(ValueError, match=r"\(1, 5, 11\)"):
     denoise(config, PARAMS, chunk, latents(config, 3), jnp.zeros((1,)), context()[..., :11])
   noise = ChunkNoise(latents(config, 3), jnp.zeros((3, 1, 3, 4, 6, 4)))
-  with pytest.raises(ValueError, match="3 returns to noise was given; 2 denoising steps need 1"):
+  with pytest.raises(ValueError, match="noise to be added again has shape"):
     chunk_step(config, PARAMS, state, noise)
+  with pytest.raises(ValueError, match="is for 2 samples and the latents are for 1"):
+    denoise(config, PARAMS, chunk, latents(config, 3), jnp.zeros((1,)), context(2))
   text = wan.text_keys(MODEL, PARAMS, context())
   with pytest.raises(ValueError, match=r"Text keys have shape \(1, 1, 6, 2, 16\)"):
     init_state(config, jax.tree.map(lambda y: y[:1], text))
