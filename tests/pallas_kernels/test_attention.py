@@ -74,6 +74,14 @@ def test_all_blocks_listed_is_dense_attention():
   np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v), atol=1e-6)
 
 
+def test_the_scale_of_scores():
+  q, k, v, index, count, extra = draw(SIZES[1])
+  attend = functools.partial(pk.block_sparse_attention, block_q=8, block_k=8, **extra)
+  scaled = attend(q, k, v, index, count, scale=0.7)
+  np.testing.assert_allclose(scaled, attend(0.7 * 10**0.5 * q, k, v, index, count), atol=2e-6)
+  assert np.abs(scaled - attend(q, k, v, index, count)).max() > 1e-2
+
+
 def test_gradients_equal_those_of_masked_attention():
   size = (2, 2, 8, 11, 9, 13, 4)
   q, k, v, index, count, extra = draw(size)
