@@ -22,7 +22,7 @@ ORACLES_STAMP := $(VENV)/.oracles-$(ACCEL)
 # More processes than this gain nothing: each test compiles on several threads.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: sample test test-slow test-oracles test-all lint format bench clean
+.PHONY: sample test test-slow test-oracles lint format bench clean
 
 sample:
 	@echo "make sample: hfjax has no sampler and no weights yet; see the README for what works." >&2
@@ -51,6 +51,17 @@ bench: $(RUN_STAMP)
 
 clean:
 	rm -rf $(VENV)
+
+# An environment of another interpreter than the one that is asked for is refused, not used.
+ifeq ($(origin PYTHON),command line)
+ifneq ($(wildcard $(BIN)/python),)
+ASKED := $(shell $(PYTHON) -c 'import sys; print(sys.version_info[:2])' 2>&1)
+THERE := $(shell $(BIN)/python -c 'import sys; print(sys.version_info[:2])' 2>&1)
+ifneq ($(ASKED),$(THERE))
+$(error $(VENV) was made by another Python than $(PYTHON); add VENV=DIR for a second one, or call make clean first)
+endif
+endif
+endif
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

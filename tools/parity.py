@@ -12,7 +12,6 @@ or the case is unknown.
 import argparse
 import json
 import sys
-import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -77,7 +76,7 @@ class Golden:
       with np.load(path, allow_pickle=False) as file:
         self.arrays = {k: file[k] for k in file.files}
       self.cfg: dict[str, Any] = dict(json.loads(str(self.arrays.pop("cfg"))))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+    except Exception as e:
       raise UnreadableError(
         f"{path} is no golden file that can be read ({e}); make it anew, in the format "
         "of the goldens' README."
@@ -128,6 +127,8 @@ class Golden:
     if not self.has(key):  # a file may leave outputs out
       return
     self.compared.add(key)
+    if self.arrays[key].dtype.kind not in "fiub":
+      raise UnreadableError(f"{self.name} holds {key} as {self.arrays[key].dtype}; give numbers.")
     got, want = np.asarray(got, np.float64), self.arrays[key].astype(np.float64)
     if got.shape != want.shape:
       raise UnreadableError(
@@ -135,8 +136,12 @@ class Golden:
         f"{got.shape}; make the file anew."
       )
     error, allowed = measure(got, want)
+    finite = np.isfinite(got).all() and np.isfinite(want).all()
     yield Row(
-      key.removeprefix("out/"), float(error), float(allowed), "ok" if error <= allowed else "FAIL"
+      key.removeprefix("out/"),
+      float(error),
+      float(allowed),
+      "ok" if finite and error <= allowed else "FAIL",
     )
 
   def rest(self) -> Iterator[Row]:
@@ -549,7 +554,11 @@ def show(case: str, row: Row):
 
 def run(folder: Path, case: str | None) -> int:
   """Prints the rows; the exit status, but for UnreadableError."""
-  if not folder.is_dir():
+  try:
+    there = folder.is_dir()
+  except OSError as e:
+    raise UnreadableError(f"{folder} cannot be looked at ({e.strerror}); give another.") from e
+  if not there:
     raise UnreadableError(f"{folder} is no folder; give one that holds golden files (*.npz).")
   files = {p.stem: p for p in sorted(folder.glob("*.npz"))}
   if not files:

@@ -54,10 +54,12 @@ def dense(
 ) -> Float[Array, "b s h d"]:
   """Softmax attention to the first `length` keys (all by default); softmax in float32.
 
-  Half precision on a GPU goes to cuDNN.
+  Half precision on a GPU goes to cuDNN where it takes the head width.
   """
   half = q.dtype in (jnp.bfloat16, jnp.float16)
-  fused = half and jax.default_backend() == "gpu"
+  # cuDNN takes head widths of whole 16-byte rows, and up to 128 on every GPU.
+  fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  fused = half and fits and jax.default_backend() == "gpu"
   return jax.nn.dot_product_attention(
     q, k, v, key_value_seq_lengths=length, implementation="cudnn" if fused else "xla"
   )

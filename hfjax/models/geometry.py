@@ -18,7 +18,9 @@ class Variant:
   """
 
   name: str
-  # Dense attention, no linear memory, absolute rotary positions (spec section 3).
+  # Dense attention, no linear memory, absolute rotary positions (spec section 3). The window sees
+  # the geometry's sink; the published one does so only if its cache is no longer than the window
+  # (quirk 29), and corresponds to a sink of 0 otherwise.
   dense: bool = False
   # Feature map on the keys of the memory's numerator; else on its denominator only (quirk 4).
   map_memory_keys: bool = True

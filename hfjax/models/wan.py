@@ -184,14 +184,19 @@ def text_keys(
   check_params(config, params)
   check_context(config, context)
   check_image(config, image)
+  return _text_keys(config, params["text"], params["blocks"]["cross_attn"], context, image, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _text_keys(config, embedding, cross_attn, context, image, dtype):
   embed = TextEmbedding(config, dtype)
-  text, picture = embed.apply({"params": params["text"]}, context, image)
+  text, picture = embed.apply({"params": embedding}, context, image)
   cross = layers.CrossAttention(config, dtype)
 
   def one(p):
     return cross.apply({"params": p}, text, picture, method="keys_values")
 
-  return jax.lax.map(one, params["blocks"]["cross_attn"])
+  return jax.lax.map(one, cross_attn)
 
 
 def predict_flow(
@@ -227,6 +232,11 @@ def predict_flow(
   positions = jnp.broadcast_to(jnp.arange(f)[None], (1, f))
   grid = (x.shape[2] // config.patch[0], x.shape[3] // config.patch[1])
   drop = 0
+  if (clean is not None and plan is None) or (clean_t is not None and clean is None):
+    raise ValueError(
+      "A clean clip needs a plan of who sees it (models.causal.teacher_forcing), and times of it "
+      "need the clip; give both."
+    )
   if clean is not None:
     if clean.shape != x.shape:
       raise ValueError(

@@ -195,9 +195,18 @@ def test_recomputing_layers_changes_no_gradient():
 
     return jax.jit(jax.grad(loss))(PARAMS)
 
+  again = dataclasses.replace(config, remat=True)
+  x_t = (latents(config, 2, seed=4), jnp.array([400.0]))
+  chunk = begin(config, state)
+
+  def count(c):
+    traced = str(jax.make_jaxpr(jax.grad(lambda p: denoise(c, p, chunk, *x_t).sum()))(PARAMS))
+    return traced.count("remat") + traced.count("checkpoint")
+
+  assert count(again) > count(config)  # the plain-JAX attention recomputes in both
   plain = grad(config)
   scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain))
-  assert_trees_close(plain, grad(dataclasses.replace(config, remat=True)), 1e-6 * scale)
+  assert_trees_close(plain, grad(again), 1e-6 * scale)
 
 
 def test_half_precision_stays_near_single():
@@ -217,6 +226,9 @@ def test_noise_derives_from_seed_sample_and_chunk_number_alone():
   two = sample_keys(7, 2)
   noise = draw_noise(config, two, jnp.array([0, 5]))
   assert noise.start.shape == (2, 3, 4, 6, 4) and noise.again.shape == (2, 2, 3, 4, 6, 4)
+  later = draw_noise(config, two, jnp.array([1, 5]))
+  assert np.abs(later.start[0] - noise.start[0]).max() > 0.1
+  np.testing.assert_array_equal(later.start[1], noise.start[1])
   one = draw_noise(config, sample_keys([7], 1), jnp.array([0]))
   np.testing.assert_array_equal(one.start[0], noise.start[0])
   alone = draw_noise(config, two[1:], jnp.array([5]))

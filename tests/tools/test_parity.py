@@ -79,6 +79,11 @@ def nudge(key, by):
     ("embeddings", "out/rope1_start7", 3e-5),
     ("block_sparse", "out/ragged/ratio0.5/bsld/lut_sorted", 1),
     ("block_sparse", "out/ragged/ratio0.5/bsld/dk", float("nan")),
+    ("schedule", "out/shift5/noisy", float("inf")),
+    # Three times what is allowed.
+    ("wan_bidirectional", "out/b2/flow", 6e-5),
+    ("hybrid_infer_rollout", "out/flow", 1.5e-4),
+    ("hybrid_infer_rollout", "out/linear_kmean", 6e-5),
   ],
 )
 def test_a_changed_number_fails_its_row_and_no_other(tmp_path, case, key, by):
