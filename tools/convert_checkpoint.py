@@ -7,6 +7,7 @@ names. Nothing is written unless everything is converted.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -74,4 +75,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  # What asks the process to end is treated like Ctrl-C, so that no half-written folder stays.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   sys.exit(main())

@@ -179,11 +179,10 @@ def _infer_taehv(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> Taeh
 
 def _trim_taehv(config: TaehvConfig, tensors: Tensors) -> Tensors:
   """Takes the last frames of checkpoints that make more than the model needs of one."""
-  want = taehv.table(config).shapes
   trimmed = dict(tensors)
-  for name, tensor in tensors.items():
-    rows = want.get(name, tensor.shape)[0]
-    if ".conv.weight" in name and tensor.shape[0] > rows:
+  for name, rows in taehv.grown_rows(config).items():
+    tensor = tensors.get(name)
+    if tensor is not None and tensor.shape[:1] > (rows,):
       trimmed[name] = Tensor(
         (rows, *tensor.shape[1:]), tensor.dtype, lambda t=tensor, n=rows: t.read()[-n:]
       )

@@ -65,18 +65,20 @@ def table(config: TaehvConfig) -> Table:
   )
 
 
-def from_original(config: TaehvConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Nested parameters from tensors under original names; see `Table.from_original`.
+def grown_rows(config: TaehvConfig) -> dict[str, int]:
+  """Rows that the model needs of the tensors that make several frames of one, by original name.
 
-  Checkpoints may make more frames of one than the model needs: the last are taken.
+  Checkpoints may make more frames than that: the last rows are the model's.
   """
-  names = table(config)
-  tensors = dict(tensors)
-  for i in range(len(config.grows)):
-    name = _grow(config, i)
-    if name in tensors:
-      tensors[name] = tensors[name][-names.shapes[name][0] :]
-  return names.from_original(tensors)
+  shapes = table(config).shapes
+  return {name: shapes[name][0] for name in (_grow(config, i) for i in range(len(config.grows)))}
+
+
+def from_original(config: TaehvConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Nested parameters from tensors under original names; see `Table.from_original`."""
+  rows = grown_rows(config)
+  last = {name: tensors[name][-n:] for name, n in rows.items() if name in tensors}
+  return table(config).from_original({**tensors, **last})
 
 
 def to_original(config: TaehvConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:

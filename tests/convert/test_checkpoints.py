@@ -399,6 +399,28 @@ def test_an_interrupted_run_leaves_the_target_as_it_was(tmp_path, monkeypatch, c
   assert folders(tmp_path) == ["ours", "wan"]
 
 
+def test_a_process_that_is_asked_to_end_leaves_nothing_behind(tmp_path):
+  put(tmp_path / "wan")
+  slow = (
+    "import sys, time, runpy; from hfjax.convert import write; plain = write.write_shards\n"
+    "def wait(*args, **kwargs):\n"
+    "  print('writing', flush=True); time.sleep(60); return plain(*args, **kwargs)\n"
+    "write.write_shards = wait; tool = sys.argv.pop(1)\n"
+    "runpy.run_path(tool, run_name='__main__')"
+  )
+  run = subprocess.Popen(
+    [sys.executable, "-c", slow, ROOT / "tools" / "convert_checkpoint.py", tmp_path / "wan",
+     tmp_path / "ours", "--quiet"],
+    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  while "writing" not in (line := run.stdout.readline()):
+    assert line, run.stderr.read()
+  run.terminate()
+  _, error = run.communicate(timeout=60)
+  assert run.returncode == 130 and "as it was" in error, error
+  assert folders(tmp_path) == ["wan"]
+
+
 def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch, capsys):
   put(tmp_path / "wan")
   usage = type("Usage", (), {"free": 1000})
