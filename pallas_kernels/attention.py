@@ -1,14 +1,24 @@
-"""The public function: checks its arguments, then calls a backend."""
+"""The public function: checks its arguments, chooses a backend, and carries gradients."""
 
+import dataclasses
+import functools
+import logging
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import xla
 from pallas_kernels.block_map import num_blocks
+from pallas_kernels.problem import Gradients, Inputs, Problem
 
-BACKENDS: dict[str, Callable] = {"xla": xla.attention}
+# Each is a module with `unsupported`, `forward` and `backward`, in the order in which "auto" asks.
+BACKENDS: dict[str, ModuleType] = {"xla": xla}
+
+log = logging.getLogger(__name__)
 
 
 def block_sparse_attention(
@@ -23,85 +33,178 @@ def block_sparse_attention(
   past_k: Float[Array, "b s h d"] | None = None,
   past_v: Float[Array, "b s h d"] | None = None,
   past_length: Int[Array, "b"] | None = None,
+  past_gradient: bool = True,
   block_q: int = 64,
   block_k: int = 64,
   backend: str = "auto",
 ) -> Float[Array, "b s h d"]:
-  """Softmax attention of each query block to its listed key blocks only.
+  """Softmax attention of each query block to its listed key blocks only (spec section 5).
 
-  Queries and keys may have any length; the last block of either may be ragged.
+  Queries and keys may have any length; the last block of either may be ragged. Products are summed
+  and the softmax is taken in float32.
 
   block_index: key blocks of each query block. With past keys, blocks 0 to ceil(capacity /
     block_k) - 1 are those of the past buffer, whatever its valid length; current ones follow.
-    The entries that count must be distinct.
+    The entries that count must be distinct; the others may be any block numbers.
   block_count: how many entries count, from the front; broadcastable to `[b h q]`; all by default.
   scale: factor of the scores; d^-1/2 by default.
-  length, past_length: valid tokens at the front of `k` and of `past_k`; all by default. A row
-    whose listed blocks hold no valid key comes out as zero.
-  backend: a name in `BACKENDS`, or "auto".
+  length, past_length: valid tokens at the front of `k` and of `past_k`; all by default. What lies
+    behind them must be finite. A row whose listed blocks hold no valid key comes out as zero.
+  past_gradient: False where past keys and values are constants, so that the backward pass need not
+    compute their gradients; they are zero then.
+  backend: a name in `BACKENDS`, or "auto" for the fastest that this device and these sizes allow.
 
-  Returns the dtype of `q`. Raises ValueError on shapes that do not fit together.
+  Differentiable in q, k, v, past_k and past_v, once and in reverse. Under `jax.vmap` the mapped
+  axis joins the batch.
+
+  Returns the dtype of `q`. Raises ValueError on shapes that do not fit together, and if a backend
+  that is asked for by name cannot serve the call.
   """
+  inputs = _check(
+    q, k, v, block_index, block_count, length, past_k, past_v, past_length, block_q, block_k
+  )
+  problem = Problem(
+    float(q.shape[-1] ** -0.5 if scale is None else scale), block_q, block_k, backend, past_gradient
+  )
+  return attend(choose_backend(problem, inputs), inputs)
+
+
+def choose_backend(problem: Problem, inputs: Inputs) -> Problem:
+  """The problem with the name of the backend that serves it.
+
+  Raises ValueError if the one that is asked for is unknown or cannot.
+  """
+  if problem.backend != "auto":
+    if problem.backend not in BACKENDS:
+      raise ValueError(
+        f"Unknown backend {problem.backend!r}; choose auto or one of {', '.join(BACKENDS)}."
+      )
+    why = BACKENDS[problem.backend].unsupported(problem, inputs)
+    if why is not None:
+      raise ValueError(f"The backend {problem.backend} cannot serve this call: {why}")
+    return problem
+  reasons = []
+  for name, module in BACKENDS.items():
+    why = module.unsupported(problem, inputs)
+    if why is None:
+      break
+    reasons.append(f"{name}: {why}")
+  if reasons and jax.default_backend() != "cpu":
+    _say(f"Block-sparse attention runs on the backend {name} ({' '.join(reasons)})")
+  return dataclasses.replace(problem, backend=name)
+
+
+@functools.cache
+def _say(line: str):
+  log.info(line)  # once for each reason
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(problem: Problem, inputs: Inputs) -> Float[Array, "b s h d"]:
+  """Attention of checked inputs on the problem's backend."""
+  return forward(problem, inputs)[0]
+
+
+def forward(
+  problem: Problem, inputs: Inputs
+) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"]]:
+  """Attention, and base-2 log-sum-exp of the scores; -inf for a row without keys."""
+  return _fold_batch(functools.partial(BACKENDS[problem.backend].forward, problem))(inputs)
+
+
+def backward(problem: Problem, inputs: Inputs, *rest: jax.Array) -> Gradients:
+  """Cotangents of the inputs; rest: output, log-sum-exp, cotangent of the output."""
+  return _fold_batch(functools.partial(BACKENDS[problem.backend].backward, problem))(inputs, *rest)
+
+
+def _attend_fwd(problem, inputs):
+  out, lse = forward(problem, inputs)
+  return out, (inputs, out, lse)
+
+
+def _attend_bwd(problem, saved, dout):
+  inputs, out, lse = saved
+  got = backward(problem, inputs, out, lse, dout)
+  nothing = dict.fromkeys(("index", "count", "length", "past_length"))
+  return (Inputs(**got._asdict(), **nothing),)
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _fold_batch(call: Callable) -> Callable:
+  """`call`, of arrays with a batch axis in front, such that `jax.vmap` makes the batch larger."""
+  mapped_call = jax.custom_batching.custom_vmap(call)
+
+  @mapped_call.def_vmap
+  def rule(size, mapped, *args):
+    def fold(x, is_mapped):
+      x = x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
+      return x.reshape(-1, *x.shape[2:])
+
+    out = _fold_batch(call)(*jax.tree.map(fold, args, tuple(mapped)))
+    out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
+    return out, jax.tree.map(lambda _: True, out)
+
+  return mapped_call
+
+
+def _check(q, k, v, index, count, length, past_k, past_v, past_length, block_q, block_k) -> Inputs:
+  """The arrays with defaults filled in; ValueError if they do not fit together."""
   if q.ndim != 4:
     raise ValueError(f"q has shape {q.shape}; give [batch, length, heads, dim].")
   if block_q < 1 or block_k < 1:
     raise ValueError(f"Blocks are {block_q} queries and {block_k} keys; give at least 1 each.")
   b, s, h, d = q.shape
-  blocks = num_blocks(k.shape[1], block_k)
   if (past_k is None) != (past_v is None) or (past_length is not None and past_k is None):
     raise ValueError("Past keys, values and their length go together; give past_k and past_v.")
-  buffers = [("k", k), ("v", v)]
-  if past_k is not None and past_v is not None:
-    blocks += num_blocks(past_k.shape[1], block_k)
+  buffers: list[tuple[str, Any]] = [("k", k), ("v", v)]
+  if past_k is not None:
     buffers += [("past_k", past_k), ("past_v", past_v)]
-    if past_k.shape[1] != past_v.shape[1]:
-      raise ValueError(
-        f"past_k holds {past_k.shape[1]} tokens and past_v {past_v.shape[1]}; they must be equal."
-      )
-  if k.shape[1] != v.shape[1]:
-    raise ValueError(f"k holds {k.shape[1]} tokens and v {v.shape[1]}; they must be equal.")
   for name, x in buffers:
     if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (b, h, d):
       raise ValueError(
         f"q has shape {q.shape} and {name} {x.shape}; batch, heads and head dimension "
         "must agree ([batch, length, heads, dim])."
       )
+    if x.dtype != q.dtype:
+      raise ValueError(f"q is {q.dtype} and {name} {x.dtype}; give all in one dtype.")
+  for (name, x), (other, y) in zip(buffers[::2], buffers[1::2], strict=True):
+    if x.shape[1] != y.shape[1]:
+      raise ValueError(
+        f"{name} holds {x.shape[1]} tokens and {other} {y.shape[1]}; they must be equal."
+      )
   want = (b, h, num_blocks(s, block_q))
-  if block_index.ndim != 4 or block_index.shape[:3] != want:
+  if index.ndim != 4 or index.shape[:3] != want:
     raise ValueError(
-      f"block_index has shape {block_index.shape}; {s} queries in blocks of {block_q} "
-      f"need {want} lists."
+      f"block_index has shape {index.shape}; {s} queries in blocks of {block_q} need {want} lists."
     )
-  if not jnp.issubdtype(block_index.dtype, jnp.integer) or not block_index.shape[3]:
+  if not jnp.issubdtype(index.dtype, jnp.integer) or not index.shape[3]:
     raise ValueError(
-      f"block_index is {block_index.dtype} {list(block_index.shape)}; give integers, one or more "
-      "in a list."
+      f"block_index is {index.dtype} {list(index.shape)}; give integers, one or more in a list."
     )
-  for name, n in (("length", length), ("past_length", past_length)):
+  lengths = []
+  for name, n, buffer in (("length", length, k), ("past_length", past_length, past_k)):
     if n is not None and (jnp.shape(n) != (b,) or not jnp.issubdtype(n.dtype, jnp.integer)):
       raise ValueError(f"{name} is {n.dtype} {list(jnp.shape(n))}; give integers of shape [{b}].")
-  if block_index.shape[3] > blocks:
+    if n is None and buffer is not None:
+      n = jnp.full((b,), buffer.shape[1], jnp.int32)
+    lengths.append(None if n is None else jnp.asarray(n, jnp.int32))
+  if count is None:
+    count = jnp.full((), index.shape[3])
+  elif not jnp.issubdtype(jnp.result_type(count), jnp.integer):
+    raise ValueError(f"block_count is {jnp.result_type(count)}; give integers.")
+  try:
+    count = jnp.broadcast_to(count, want).astype(jnp.int32)
+  except ValueError as e:
     raise ValueError(
-      f"block_index lists {block_index.shape[3]} blocks of keys, and there are only {blocks}."
+      f"block_count has shape {list(jnp.shape(count))}; give one that broadcasts to {want}."
+    ) from e
+  inputs = Inputs(q, k, v, past_k, past_v, jnp.asarray(index, jnp.int32), count, *lengths)
+  blocks = inputs.key_blocks(block_k)
+  if index.shape[3] > blocks:
+    raise ValueError(
+      f"block_index lists {index.shape[3]} blocks of keys, and there are only {blocks}."
     )
-  if block_count is None:
-    block_count = jnp.full(want, block_index.shape[3], jnp.int32)
-  else:
-    block_count = jnp.broadcast_to(block_count, want)
-  if backend != "auto" and backend not in BACKENDS:
-    raise ValueError(f"Unknown backend {backend!r}; choose auto or one of {', '.join(BACKENDS)}.")
-  call = BACKENDS["xla" if backend == "auto" else backend]
-  return call(
-    q,
-    k,
-    v,
-    block_index,
-    block_count,
-    scale=d**-0.5 if scale is None else scale,
-    length=length,
-    past_k=past_k,
-    past_v=past_v,
-    past_length=past_length,
-    block_q=block_q,
-    block_k=block_k,
-  )
+  # A count beyond the list would read its neighbour's.
+  return inputs._replace(count=jnp.clip(count, 0, index.shape[3]))
