@@ -45,8 +45,10 @@ class Tokenizer:
   text_len: int = 512
 
   def __post_init__(self):
-    if self.text_len < 1:
-      raise ValueError(f"Prompts would have {self.text_len} tokens; make text_len at least 1.")
+    if not isinstance(self.text_len, int) or self.text_len < 1:
+      raise ValueError(
+        f"Prompts would have {self.text_len!r} tokens; make text_len a whole number, at least 1."
+      )
 
   @classmethod
   def load(
@@ -73,10 +75,13 @@ class Tokenizer:
     """Ids of the cleaned prompts, `[b text_len]`, and their lengths, `[b]`; both int32.
 
     Every text ends with the end token, if need be after its first text_len - 1 tokens.
-    Raises ValueError on a single string.
+    Raises ValueError unless the prompts are a list of strings.
     """
     if isinstance(prompts, str):
       raise ValueError("The tokenizer got one string; give a list of prompts.")
+    odd = next((p for p in prompts if not isinstance(p, str)), None)
+    if odd is not None:
+      raise ValueError(f"The tokenizer got a prompt of type {type(odd).__name__}; give strings.")
     ids = np.full((len(prompts), self.text_len), PAD, np.int32)
     length = np.zeros(len(prompts), np.int32)
     for n, prompt in enumerate(prompts):

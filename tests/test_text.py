@@ -202,8 +202,12 @@ def test_a_vocabulary_larger_than_the_models_is_refused(folder):
 def test_other_calls_are_refused(folder):
   with pytest.raises(ValueError, match="one string; give a list of prompts"):
     Tokenizer.load(folder)("a fox")
-  with pytest.raises(ValueError, match="0 tokens; make text_len at least 1"):
+  with pytest.raises(ValueError, match="0 tokens; make text_len a whole number, at"):
     Tokenizer.load(folder, text_len=0)
+  with pytest.raises(ValueError, match="'512' tokens; make text_len a whole number"):
+    Tokenizer.load(folder, text_len="512")
+  with pytest.raises(ValueError, match="prompt of type NoneType; give strings"):
+    Tokenizer.load(folder)(["a fox", None])
 
 
 def test_no_other_framework_is_loaded():

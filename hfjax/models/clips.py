@@ -1,6 +1,7 @@
 """Clips in pieces: what both autoencoders share in cutting clips and in refusing wrong ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import einops
 import jax
@@ -43,26 +44,33 @@ def scan_pieces(
 
 
 def check_latents(z: Array, channels: int):
-  """Raises ValueError unless `z` is `[b f y x z]`, not empty, with that many channels."""
-  if z.ndim != 5 or z.shape[-1] != channels or not z.shape[1]:
-    raise ValueError(
-      f"Latents have shape {tuple(z.shape)}; the autoencoder takes [batch, frames, rows, "
-      f"columns, channels] with at least one frame and {channels} channels."
-    )
+  """Raises ValueError unless `z` is `[b f y x z]`, real, not empty, with that many channels."""
+  _check_clip("Latents have", z, channels)
 
 
 def check_pixels(x: Array, factor: int):
-  """Raises ValueError unless `x` is `[b t y x 3]`, not empty, its sides multiples of `factor`."""
-  if x.ndim != 5 or x.shape[-1] != PIXEL_CHANNELS or not x.shape[1]:
-    raise ValueError(
-      f"The video has shape {tuple(x.shape)}; the autoencoder takes [batch, frames, rows, "
-      f"columns, channels] with at least one frame and {PIXEL_CHANNELS} channels."
-    )
+  """Raises ValueError unless `x` is a real `[b t y x 3]`, not empty, with sides of `factor` times n.
+
+  Bytes are refused: the autoencoders do not agree on the range that stands for 0 to 255.
+  """
+  _check_clip("The video has", x, PIXEL_CHANNELS)
   rows, columns = x.shape[2:4]
   if rows % factor or columns % factor:
     raise ValueError(
       f"Frames are {rows} x {columns} pixels; the autoencoder takes multiples of {factor}. Crop "
       f"them to {rows // factor * factor} x {columns // factor * factor}, or resize them."
+    )
+
+
+def _check_clip(what: str, x: Array, channels: int):
+  if x.ndim != 5 or x.shape[-1] != channels or not x.size:
+    raise ValueError(
+      f"{what} shape {tuple(x.shape)}; the autoencoder takes [batch, frames, rows, columns, "
+      f"channels] with {channels} channels, at least one frame and no empty axis."
+    )
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f"{what} dtype {x.dtype}; give floating point numbers in the range of the autoencoder."
     )
 
 
@@ -83,8 +91,18 @@ def check_piece(x: Array, factor: int):
     )
 
 
-def check_cache(past: Float[Array, "b t y x c"], x: Array, stride: int = 1):
-  """Raises ValueError unless a cache fits the piece `x`, which has `stride` times its sides."""
+def check_cache(cache: Any, name: str, x: Array, stride: int = 1):
+  """Raises ValueError unless a cache fits the piece `x`, which has `stride` times its sides.
+
+  name: the entry of the cache that is compared.
+  """
+  if not isinstance(cache, Mapping) or name not in cache:
+    what = f"a dictionary without {name}" if isinstance(cache, Mapping) else f"{cache!r}"
+    raise ValueError(
+      f"The cache is {what}; "
+      "give what the call before returned, or begin with the call for the first frame."
+    )
+  past = cache[name]
   held = (past.shape[0], stride * past.shape[2], stride * past.shape[3])
   if held != (x.shape[0], *x.shape[2:4]):
     raise ValueError(

@@ -203,7 +203,7 @@ def decode_chunk(
   Raises ValueError on latents that do not fit the model or the cache.
   """
   clips.check_latents(latents, config.z_dim)
-  clips.check_cache(cache["memory_0_0"], latents)
+  clips.check_cache(cache, "memory_0_0", latents)
   x, cache = Decoder(config, cache["memory_0_0"].dtype).apply(
     {"params": params["decoder"]}, latents, cache
   )
@@ -232,9 +232,8 @@ def encode_chunk(
   """
   clips.check_pixels(video, config.space_factor)
   clips.check_piece(video, config.time_factor)
-  past = cache["memory_0_0"]
-  clips.check_cache(past, video, stride=2)
-  z, cache = Encoder(config, past.dtype).apply(
+  clips.check_cache(cache, "memory_0_0", video, stride=2)
+  z, cache = Encoder(config, cache["memory_0_0"].dtype).apply(
     {"params": params["encoder"]}, (video + 1) / 2, cache
   )
   return z.astype(jnp.float32), cache

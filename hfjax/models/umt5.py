@@ -247,5 +247,7 @@ def encode(
       f"for each of the {ids.shape[0]} texts."
     )
   valid = jnp.arange(ids.shape[1]) < length[:, None]
-  hidden: Any = Umt5(config, dtype).apply({"params": params}, jnp.asarray(ids), valid)
+  # Negative ids would count from the table's end.
+  ids = jnp.where(ids < 0, config.vocab, ids)
+  hidden: Any = Umt5(config, dtype).apply({"params": params}, ids, valid)
   return hidden if keep_padding else jnp.where(valid[..., None], hidden, 0)

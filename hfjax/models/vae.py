@@ -402,7 +402,7 @@ def decode_chunk(
   Raises ValueError on latents that do not fit the model or the cache.
   """
   clips.check_latents(latents, config.z_dim)
-  clips.check_cache(cache["conv_in"], latents)
+  clips.check_cache(cache, "conv_in", latents)
   x, cache = Decoder(config, cache["conv_in"].dtype).apply(
     {"params": params["decoder"]}, denormalize(config, latents), cache
   )
@@ -449,7 +449,7 @@ def encode_chunk(
   """
   clips.check_pixels(video, config.space_factor)
   clips.check_piece(video, config.time_factor)
-  clips.check_cache(cache["conv_in"], video)
+  clips.check_cache(cache, "conv_in", video)
   mu, cache = Encoder(config, cache["conv_in"].dtype).apply(
     {"params": params["encoder"]}, video, cache
   )

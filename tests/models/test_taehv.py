@@ -207,6 +207,9 @@ def test_sizes_of_the_published_model():
     (lambda p: taehv.encode(SMALL, p, video(4)[..., :2]), "3 channels"),
     (lambda p: taehv.decode(SMALL, p, latents(2)[..., :2]), "3 channels"),
     (lambda p: taehv.decode(SMALL, p, latents(2)[:, :0]), "at least one frame"),
+    (lambda p: taehv.decode(SMALL, p, latents(2)[:0]), "no empty axis"),
+    (lambda p: taehv.encode(SMALL, p, (255 * video(4)).astype(np.uint8)), "dtype uint8; give fl"),
+    (lambda p: taehv.decode_chunk(SMALL, p, None, latents(1)), "cache is None; give what"),
     (lambda p: taehv.decode_first(SMALL, p, latents(2)), "got 2 frames"),
     (
       lambda p: taehv.encode_chunk(SMALL, p, taehv.init_encoder_cache(SMALL, 1, 2, 3), video(6)),

@@ -114,9 +114,10 @@ def test_a_text_without_tokens_is_zero_and_not_nan():
   assert np.all(np.isfinite(encode(MODEL, params(), ids, lengths(0, 5), jnp.bfloat16, True)))
 
 
-def test_ids_beyond_the_vocabulary_give_nan_where_they_are():
+@pytest.mark.parametrize("wrong", [MODEL.vocab, -1])
+def test_ids_beyond_the_vocabulary_give_nan_where_they_are(wrong):
   ids = tokens(2, 5)
-  ids[1, 2] = MODEL.vocab
+  ids[1, 2] = wrong
   hidden = encode(MODEL, params(), ids, lengths(5, 5))
   assert np.all(np.isfinite(hidden[0])) and np.all(np.isnan(hidden[1]))
 
