@@ -79,9 +79,9 @@ class Tokenizer:
     """
     if isinstance(prompts, str):
       raise ValueError("The tokenizer got one string; give a list of prompts.")
-    odd = next((p for p in prompts if not isinstance(p, str)), None)
-    if odd is not None:
-      raise ValueError(f"The tokenizer got a prompt of type {type(odd).__name__}; give strings.")
+    odd = [type(p).__name__ for p in prompts if not isinstance(p, str)]
+    if odd:
+      raise ValueError(f"The tokenizer got a prompt of type {odd[0]}; give strings.")
     ids = np.full((len(prompts), self.text_len), PAD, np.int32)
     length = np.zeros(len(prompts), np.int32)
     for n, prompt in enumerate(prompts):

@@ -49,7 +49,7 @@ def check_latents(z: Array, channels: int):
 
 
 def check_pixels(x: Array, factor: int):
-  """Raises ValueError unless `x` is a real `[b t y x 3]`, not empty, with sides of `factor` times n.
+  """Raises ValueError unless `x` is real `[b t y x 3]`, not empty, its sides multiples of `factor`.
 
   Bytes are refused: the autoencoders do not agree on the range that stands for 0 to 255.
   """
