@@ -9,6 +9,7 @@ from pallas_kernels.block_map import (
   block_map,
   block_means,
   center_keys,
+  choose_blocks,
   kept_counts,
   num_blocks,
 )
@@ -19,6 +20,7 @@ __all__ = [
   "block_means",
   "block_sparse_attention",
   "center_keys",
+  "choose_blocks",
   "kept_counts",
   "num_blocks",
 ]

@@ -9,14 +9,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import xla
+from pallas_kernels import device, mosaic_gpu, tpu, triton, xla
 from pallas_kernels.block_map import num_blocks
 from pallas_kernels.problem import Gradients, Inputs, Problem
 
-# Each is a module with `unsupported`, `forward` and `backward`, in the order in which "auto" asks.
-BACKENDS: dict[str, ModuleType] = {"xla": xla}
+# Each is a module with `unsupported`, `forward` and `backward`, the fastest first: "auto" takes the
+# first that can serve a call (figures: benchmarks/kernels.md).
+BACKENDS: dict[str, ModuleType] = {
+  "mosaic_gpu": mosaic_gpu,
+  "triton": triton,
+  "tpu": tpu,
+  "xla": xla,
+}
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +96,7 @@ def choose_backend(problem: Problem, inputs: Inputs) -> Problem:
     if why is None:
       break
     reasons.append(f"{name}: {why}")
-  if reasons and jax.default_backend() != "cpu":
+  if name == "xla" and device.platform() != "cpu":
     _say(f"Block-sparse attention runs on the backend {name} ({' '.join(reasons)})")
   return dataclasses.replace(problem, backend=name)
 
@@ -99,9 +106,14 @@ def _say(line: str):
   log.info(line)  # once for each reason
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(problem: Problem, inputs: Inputs) -> Float[Array, "b s h d"]:
   """Attention of checked inputs on the problem's backend."""
+  # Cast here, so that what all shards share gets the sum of their gradients.
+  return _attend(problem, _vary(_axes(inputs), inputs))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(problem: Problem, inputs: Inputs) -> Float[Array, "b s h d"]:
   return forward(problem, inputs)[0]
 
 
@@ -129,12 +141,30 @@ def _attend_bwd(problem, saved, dout):
   return (Inputs(**got._asdict(), **nothing),)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _axes(args) -> frozenset[str]:
+  """Axes of a mesh over which arrays vary, under shard_map."""
+  return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(args)))
+
+
+def _vary(axes: frozenset[str], args):
+  """Arrays as such that vary over all of `axes`."""
+
+  def cast(x):
+    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+  return jax.tree.map(cast, args)
 
 
 def _fold_batch(call: Callable) -> Callable:
-  """`call`, of arrays with a batch axis in front, such that `jax.vmap` makes the batch larger."""
-  mapped_call = jax.custom_batching.custom_vmap(call)
+  """`call`, of arrays with a batch axis in front, such that `jax.vmap` makes the batch larger.
+
+  Kernels do not say over which axes of a mesh their results vary: over those of the inputs.
+  """
+  mapped_call = jax.custom_batching.custom_vmap(lambda *args: _vary(_axes(args), call(*args)))
 
   @mapped_call.def_vmap
   def rule(size, mapped, *args):

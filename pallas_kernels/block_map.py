@@ -1,7 +1,7 @@
 """Which key blocks each query block attends to (spec section 5).
 
-Blocks of queries and keys are pooled to their means, scored against each other, and the best
-`count` key blocks of each query block are listed. Nothing here is differentiated.
+Blocks of queries and keys are pooled to their means, scored against each other, and the key blocks
+that score best are listed for each query block. Nothing here is differentiated.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+
+def block_map(
+  q: Float[Array, "b s h d"],
+  k: Float[Array, "b s h d"],
+  ratio: float,
+  *,
+  past_means: Float[Array, "b h n d"] | None = None,
+  states: Sequence[int] | None = None,
+  state: Int[Array, "b"] | None = None,
+  center: str = "none",
+  block_q: int = 64,
+  block_k: int = 64,
+) -> tuple[Int[Array, "b h q k"], Int[Array, "b h q"]]:
+  """Lists of key blocks for `block_sparse_attention`, best first, and how many of each count.
+
+  ratio: share of the blocks that hold a valid key to be kept, rounded down, at least one block.
+  past_means: means of the blocks of a past buffer (`block_means`), which come before those of `k`;
+    centred as `k` will be.
+  states: numbers of valid tokens that the past buffer, or `k` where there is none, can have; known
+    on the host, so that counts are exact. state: which of them each sample has. All tokens are
+    valid by default.
+  center: see `center_keys`.
+
+  Equal scores go to the lower block number. Raises ValueError on sizes that do not fit together.
+  """
+  if past_means is None:
+    room = k.shape[1]
+  else:
+    room = past_means.shape[2] * block_k
+  states = [room] if states is None else list(states)
+  if not states or min(states) < 0 or max(states) > room:
+    raise ValueError(f"The keys have room for {room} tokens; {states} of them were to be valid.")
+  if state is None:
+    if len(states) > 1:
+      raise ValueError(f"There are {len(states)} states; say which one each sample is in.")
+    state = jnp.zeros((q.shape[0],), jnp.int32)
+  length = jnp.asarray(states, jnp.int32)[state]
+  q_means = block_means(q, block_q)
+  if past_means is None:
+    k_means = block_means(center_keys(k, center, length), block_k, length)
+    table = kept_counts(ratio, states, block=block_k)
+    valid = _holds_valid(k_means, length, block_k)
+  else:
+    means = block_means(center_keys(k, center), block_k)
+    k_means = jnp.concatenate([past_means, means], axis=2)
+    table = kept_counts(ratio, states, [k.shape[1]] * len(states), block=block_k)
+    ones = jnp.ones((q.shape[0], means.shape[2]), bool)
+    valid = jnp.concatenate([_holds_valid(past_means, length, block_k), ones], axis=1)
+  return choose_blocks(q_means, k_means, int(table.max()), jnp.asarray(table)[state], valid)
+
+
+def _holds_valid(means, length, block):
+  return jnp.arange(means.shape[2])[None] * block < length[:, None]
 
 
 def num_blocks(tokens: int, block: int) -> int:
@@ -70,7 +124,7 @@ def block_means(
   return mean.transpose(0, 2, 1, 3).astype(x.dtype)
 
 
-def block_map(
+def choose_blocks(
   q_means: Float[Array, "b h q d"],
   k_means: Float[Array, "b h n d"],
   most: int,

@@ -73,7 +73,7 @@ def backward(
     add = jax.vmap(jax.vmap(lambda total, i, part: total.at[i].add(part)))
     return (add(dkeys, index, dk), add(dvalues, index, dv)), dq
 
-  zeros = jnp.zeros(keys.shape, jnp.float32)
+  zeros = jnp.zeros_like(keys, jnp.float32)
   args = _by_query_block(queries, inputs.index, inputs.count)
   rest = (x.transpose(2, 0, 1, *range(3, x.ndim)) for x in (douts, *rows))
   (dkeys, dvalues), dq = jax.lax.scan(one, (zeros, zeros), (args, *rest))

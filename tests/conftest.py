@@ -5,6 +5,8 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here are tiny, so that compiling them is most of the work.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Two devices, so that what is sharded has something to be sharded over.
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 
 import hypothesis
 import jax

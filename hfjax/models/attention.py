@@ -121,6 +121,7 @@ class WindowAttention:
   """Hybrid attention of a chunk: the window block-sparsely (or densely), the rest by its memory."""
 
   geometry: Geometry
+  backend: str = "auto"  # of block-sparse attention
 
   def __call__(self, q, k, v, past: WindowPast, shared: WindowShared):
     g = self.geometry
@@ -141,25 +142,26 @@ class WindowAttention:
 
   def _sparse(self, q, k, v, past, shared, length):
     g = self.geometry
-    table = g.kept_blocks(q.shape[1] // g.tokens)
-    count = jnp.asarray(table)[shared.length]
-    center = g.semantics.center_blocks
-    queries = pallas_kernels.block_means(q, g.block)
-    if past.means is None:
-      total = length + q.shape[1]
+    # Past keys are constants of the chunk.
+    older: dict[str, Any] = {
+      "past_k": past.k, "past_v": past.v, "past_length": length, "past_gradient": False
+    }  # fmt: skip
+    if past.means is None:  # blocks are cut over past and current keys in one row
+      older = {"length": length + q.shape[1]}
       k, v = append(past.k, k, length), append(past.v, v, length)
-      means = pallas_kernels.block_means(pallas_kernels.center_keys(k, center), g.block, total)
-      valid = _valid_blocks(means, total, g.block)
-      older: dict[str, Any] = {"length": total}
-    else:
-      current = pallas_kernels.block_means(pallas_kernels.center_keys(k, center), g.block)
-      means = jnp.concatenate([past.means, current], axis=2)
-      ones = jnp.ones((q.shape[0], current.shape[2]), bool)
-      valid = jnp.concatenate([_valid_blocks(past.means, length, g.block), ones], axis=1)
-      older = {"past_k": past.k, "past_v": past.v, "past_length": length}
-    index, count = pallas_kernels.block_map(queries, means, int(table.max()), count, valid)
+    index, count = pallas_kernels.block_map(
+      q,
+      k,
+      g.ratio,
+      past_means=past.means,
+      states=g.valid_keys(q.shape[1] // g.tokens),
+      state=shared.length,
+      center=g.semantics.center_blocks,
+      block_q=g.block,
+      block_k=g.block,
+    )
     return pallas_kernels.block_sparse_attention(
-      q, k, v, index, count, block_q=g.block, block_k=g.block, **older
+      q, k, v, index, count, block_q=g.block, block_k=g.block, backend=self.backend, **older
     )
 
 
@@ -171,7 +173,3 @@ def append(
   return jax.vmap(lambda r, y, n: jax.lax.dynamic_update_slice_in_dim(r, y, n, axis=0))(
     room, x, length
   )
-
-
-def _valid_blocks(means: Float[Array, "b h n d"], length: Int[Array, "b"], block: int):
-  return jnp.arange(means.shape[2])[None] * block < length[:, None]

@@ -4,9 +4,7 @@ import dataclasses
 import math
 
 import jax
-import numpy as np
 
-import pallas_kernels
 from hfjax.models import checks
 
 
@@ -167,16 +165,13 @@ class Geometry:
       )
     return frames // self.chunk
 
-  def kept_blocks(self, frames: int) -> np.ndarray:
-    """Key blocks kept in a chunk of `frames`, int32 `[past + 1]`, by valid past frames.
+  def valid_keys(self, frames: int) -> list[int]:
+    """Valid tokens among the past keys of a chunk of `frames`, by valid past frames.
 
-    At least one, else the ratio of all blocks rounded down in float64 (spec section 5).
+    Among past and current keys together, where the variant cuts blocks over both.
     """
-    past = [p * self.tokens for p in range(self.past + 1)]
-    current = frames * self.tokens
-    if self.semantics.split_blocks:
-      return pallas_kernels.kept_counts(self.ratio, past, [current] * len(past), block=self.block)
-    return pallas_kernels.kept_counts(self.ratio, [p + current for p in past], block=self.block)
+    current = 0 if self.semantics.split_blocks else frames * self.tokens
+    return [past * self.tokens + current for past in range(self.past + 1)]
 
 
 jax.tree_util.register_static(Geometry)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pallas_kernels
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
 from hfjax.models import checks
 from hfjax.models.geometry import Geometry
@@ -25,6 +26,7 @@ class StreamConfig:
   context_timestep: time at which clean latents are committed.
   dtype: compute dtype, "float32" or "bfloat16"; parameters stay as they are.
   remat: recompute blocks in backward passes.
+  backend: of block-sparse attention, a name in `pallas_kernels.BACKENDS`; "auto" takes the fastest.
 
   Raises ValueError on combinations that cannot work.
   """
@@ -37,6 +39,7 @@ class StreamConfig:
   context_timestep: float = 0.0
   dtype: str = "float32"
   remat: bool = False
+  backend: str = "auto"
 
   def __post_init__(self):
     if not isinstance(self.model, WanConfig) or not isinstance(self.geometry, Geometry):
@@ -57,6 +60,11 @@ class StreamConfig:
       )
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"The compute dtype is {self.dtype!r}; choose float32 or bfloat16.")
+    if self.backend not in ("auto", *pallas_kernels.BACKENDS):
+      raise ValueError(
+        f"The attention backend is {self.backend!r}; choose auto or one of "
+        f"{', '.join(pallas_kernels.BACKENDS)}."
+      )
     checks.check_number("context_timestep", self.context_timestep, 0, TRAIN_TIMESTEPS)
     if not isinstance(self.steps, Iterable):
       raise ValueError(f"The denoising steps are {self.steps!r}; give a list, such as (1000, 500).")

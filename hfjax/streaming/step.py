@@ -153,5 +153,7 @@ def _forward(config, params, chunk, x, t, context, collect):
     wan.check_context(m, context)
     checks.check_batch("text context", context, want[0])
     text = None
-  model = wan.Wan(m, WindowAttention(g), config.compute_dtype, collect, config.remat)
+  model = wan.Wan(
+    m, WindowAttention(g, config.backend), config.compute_dtype, collect, config.remat
+  )
   return model.apply({"params": params}, x, t, shared, past=past, text=text, context=context)

@@ -1,148 +1,194 @@
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import pallas_kernels as pk
+from pallas_kernels import attention, device
+from pallas_kernels.problem import Inputs
+from tests.pallas_kernels.oracle import draw, oracle
 
-# batch, heads, head dimension, queries, past capacity, keys, block
-SIZES = [(1, 1, 8, 16, 0, 16, 8), (2, 3, 10, 13, 0, 29, 8), (2, 2, 16, 9, 21, 12, 4),
-         (1, 2, 6, 5, 8, 7, 16)]  # fmt: skip
+# The oracle is exact, and sums of some dozen float32 products round by 1e-7 of their size.
+ATOL = 3e-6
 
 
-def draw(size, seed=0):
-  """Inputs with random lists of distinct blocks, random counts and random valid lengths."""
-  b, h, d, s, past, n, block = size
+def call(problem, inputs, *tensors, **kwargs):
+  """The public function on what a problem and its inputs say; tensors: q, k, v and past ones."""
+  q, k, v, past_k, past_v = tensors or inputs[:5]
+  return pk.block_sparse_attention(
+    q, k, v, inputs.index, inputs.count, scale=problem.scale, length=inputs.length, past_k=past_k,
+    past_v=past_v, past_length=inputs.past_length, block_q=problem.block_q,
+    block_k=problem.block_k, **kwargs,
+  )  # fmt: skip
+
+
+def flat(x):
+  """Arrays that are there, as float64."""
+  return [np.float64(y) for y in x if y is not None]
+
+
+def assert_close(got, want, atol=ATOL):
+  for x, y in zip(flat(got), flat(want), strict=True):
+    np.testing.assert_allclose(x, y, rtol=0, atol=atol * max(1, np.abs(y).max(initial=0)))
+
+
+@given(
+  st.integers(1, 2), st.integers(1, 3), st.sampled_from([1, 6, 16]), st.integers(1, 20),
+  st.integers(0, 20), st.integers(1, 20), st.sampled_from([1, 4, 8]), st.sampled_from([3, 8]),
+  st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=12)
+def test_rows_attend_to_their_listed_valid_keys_only(b, h, d, s, past, n, block_q, block_k, seed):
+  """Forward, log-sum-exp and all gradients, on random sizes, lists, counts and lengths."""
   r = np.random.default_rng(seed)
-  tensor = lambda rows: r.normal(size=(b, rows, h, d)).astype(np.float32)
-  q, k, v = tensor(s), tensor(n), tensor(n)
-  extra = {}
-  if past:
-    extra = {"past_k": tensor(past), "past_v": tensor(past),
-             "past_length": r.integers(0, past + 1, b).astype(np.int32)}  # fmt: skip
-  extra["length"] = r.integers(1, n + 1, b).astype(np.int32)
-  blocks = pk.num_blocks(past, block) + pk.num_blocks(n, block)
-  lists = (b, h, pk.num_blocks(s, block))
-  index = r.permuted(np.broadcast_to(np.arange(blocks), (*lists, blocks)), axis=-1)
-  most = max(1, blocks - 1)
-  count = r.integers(1, most + 1, lists)
-  return q, k, v, index[..., :most].astype(np.int32), count.astype(np.int32), extra
+  lengths = {"length": r.integers(0, n + 1, b), "past_length": r.integers(0, past + 1, b)}
+  problem, inputs, dout = draw(
+    b=b, h=h, d=d, s=s, past=past, n=n, block_q=block_q, block_k=block_k, seed=seed, **lengths
+  )
+  want, want_lse, want_grads = oracle(problem, inputs, dout)
+  out, lse = jax.jit(functools.partial(attention.forward, problem))(inputs)
+  assert_close([out, lse[np.isfinite(want_lse)]], [want, want_lse[np.isfinite(want_lse)]])
+  assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
+  tensors = [x for x in inputs[:5] if x is not None]
 
+  @jax.jit
+  def grads(*tensors):
+    attend = lambda *x: call(problem, inputs, *x, *([None] * (5 - len(x))), backend="xla")
+    return jax.vjp(attend, *tensors)[1](dout)
 
-def oracle(q, k, v, index, count, block, past_k=None, past_v=None, past_length=None, length=None):
-  """Masked softmax in float64, key by key."""
-  b, s, h, d = q.shape
-  capacity = 0 if past_k is None else past_k.shape[1]
-  older = pk.num_blocks(capacity, block)
-  out = np.zeros((b, s, h, d))
-  for n in range(b):
-    for head in range(h):
-      for i in range(s):
-        row = i // block
-        keys, values = [], []
-        for entry in index[n, head, row, : count[n, head, row]]:
-          if entry < older:
-            source, values_of, valid, at = past_k, past_v, past_length[n], entry * block
-          else:
-            source, values_of, at = k, v, (entry - older) * block
-            valid = k.shape[1] if length is None else length[n]
-          keys += list(source[n, at : min(at + block, valid), head])
-          values += list(values_of[n, at : min(at + block, valid), head])
-        if keys:
-          scores = np.array(keys, np.float64) @ q[n, i, head] * d**-0.5
-          p = np.exp(scores - scores.max())
-          out[n, i, head] = p @ np.array(values, np.float64) / p.sum()
-  return out
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_rows_attend_to_their_listed_valid_keys_only(size, seed):
-  q, k, v, index, count, extra = draw(size, seed)
-  block = size[-1]
-  attend = jax.jit(functools.partial(pk.block_sparse_attention, block_q=block, block_k=block))
-  got = attend(q, k, v, index, count, **extra)
-  np.testing.assert_allclose(got, oracle(q, k, v, index, count, block, **extra), atol=2e-6)
+  assert_close(grads(*tensors), want_grads)
 
 
 def test_all_blocks_listed_is_dense_attention():
-  q, k, v, _, _, _ = draw(SIZES[1])
-  index = np.broadcast_to(np.arange(4), (2, 3, 2, 4))
+  _, inputs, _ = draw(past=0, length=(27, 27))
+  q, k, v = inputs[:3]
+  index = np.broadcast_to(np.arange(4), (2, 2, 3, 4))
   got = pk.block_sparse_attention(q, k, v, index, block_q=8, block_k=8)
   np.testing.assert_allclose(got, jax.nn.dot_product_attention(q, k, v), atol=1e-6)
 
 
-def test_the_scale_of_scores():
-  q, k, v, index, count, extra = draw(SIZES[1])
-  attend = functools.partial(pk.block_sparse_attention, block_q=8, block_k=8, **extra)
-  scaled = attend(q, k, v, index, count, scale=0.7)
-  np.testing.assert_allclose(scaled, attend(0.7 * 10**0.5 * q, k, v, index, count), atol=2e-6)
-  assert np.abs(scaled - attend(q, k, v, index, count)).max() > 1e-2
+def test_past_gradients_are_zero_unless_wanted():
+  problem, inputs, dout = draw()
+  attend = functools.partial(call, problem, inputs, past_gradient=False)
+  got = jax.vjp(attend, *inputs[:5])[1](dout)
+  assert_close(got[:3], oracle(problem, inputs, dout)[2][:3])
+  assert not any(x.any() for x in got[3:])
 
 
-def test_gradients_equal_those_of_masked_attention():
-  size = (2, 2, 8, 11, 9, 13, 4)
-  q, k, v, index, count, extra = draw(size)
-  block, past = size[-1], size[4]
-  older = pk.num_blocks(past, block)
-
-  # The same as one dense masked attention over both buffers.
-  mask = np.zeros((2, 2, 11, past + 13), bool)
-  for b, h, i in np.ndindex(2, 2, 11):
-    for e in index[b, h, i // block, : count[b, h, i // block]]:
-      if e < older:
-        mask[b, h, i, e * block : min((e + 1) * block, extra["past_length"][b])] = True
-      else:
-        at = (e - older) * block
-        mask[b, h, i, past + at : past + min(at + block, extra["length"][b])] = True
-
-  def dense(q, k, v, past_k, past_v):
-    k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
-    s = jnp.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5
-    p = jnp.exp(s - 3) * mask
-    total = p.sum(-1)
-    return jnp.einsum("bhij,bjhd->bihd", p / jnp.where(total > 0, total, 1)[..., None], v)
-
-  def sparse(q, k, v, past_k, past_v):
-    rest = {"length": extra["length"], "past_length": extra["past_length"]}
-    return pk.block_sparse_attention(
-      q, k, v, index, count, past_k=past_k, past_v=past_v, block_q=block, block_k=block, **rest
-    )
-
-  args = (q, k, v, extra["past_k"], extra["past_v"])
-  cot = np.random.default_rng(5).normal(size=q.shape).astype(np.float32)
-  for got, want in zip(jax.vjp(sparse, *args)[1](cot), jax.vjp(dense, *args)[1](cot), strict=True):
-    np.testing.assert_allclose(got, want, atol=3e-6)
+def loss_and_gradients(problem, inputs, dout, attend):
+  return jax.value_and_grad(lambda *x: (attend(*x) * dout).sum(), range(5))(*inputs[:5])
 
 
-def test_samples_lists_and_transformations():
-  q, k, v, index, count, extra = draw(SIZES[2])
-  attend = functools.partial(pk.block_sparse_attention, block_q=4, block_k=4)
-  want = attend(q, k, v, index, count, **extra)
-  mapped = jax.vmap(lambda *a: attend(*(x[None] for x in a[:5]), **{
-    n: x[None] for n, x in zip(extra, a[5:], strict=True)})[0])(
-      q, k, v, index, count, *extra.values())  # fmt: skip
-  np.testing.assert_allclose(mapped, want, atol=1e-6)
-  # Entries past the count are never read.
-  junk = np.where(np.arange(index.shape[-1]) < count[..., None], index, 0)
-  np.testing.assert_array_equal(attend(q, k, v, junk, count, **extra), want)
-  # A count per sample serves all its lists.
-  same = attend(q, k, v, index, np.array([[[1]], [[2]]]), **extra)
-  one = attend(q, k, v, index, np.ones_like(count), **extra)
+def transformed(name, problem, inputs):
+  """Attention under a transformation of JAX, in q, k, v, past_k and past_v."""
+  attend = functools.partial(call, problem, inputs)
+  if name == "jit":
+    return jax.jit(attend)
+  if name == "remat":
+    return jax.checkpoint(attend)
+  if name == "scan":  # over two calls, of which one counts
+    return lambda *x: jax.lax.scan(lambda c, on: (c + on * attend(*x), None), 0 * x[0],
+                                   jnp.array([0.0, 1.0]))[0]  # fmt: skip
+  if name == "vmap":  # of samples in a batch of one
+    one = lambda rest, *x: call(problem, Inputs(*x, *rest))
+    lift = lambda t: jax.tree.map(lambda y: y[:, None], t)
+    return lambda *x: jax.vmap(one)(lift(tuple(inputs[5:])), *lift(x))[:, 0]
+  axis = {"shard batch": 0, "shard heads": 2}[name]
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "d")
+  spec = jax.sharding.PartitionSpec(*[None] * axis, "d")
+  lists = jax.sharding.PartitionSpec(*[None] * min(axis, 1), "d")
+  counts = lists if axis == 0 else jax.sharding.PartitionSpec()
+  part = lambda rest, *x: call(problem, Inputs(*x, *rest))
+  return lambda *x: jax.shard_map(
+    part, mesh=mesh, in_specs=((lists, lists, counts, counts), *[spec] * 5), out_specs=spec
+  )(tuple(inputs[5:]), *x)
+
+
+@pytest.mark.parametrize("name", ["jit", "remat", "scan", "vmap", "shard batch", "shard heads"])
+def test_transformations_change_nothing(name):
+  problem, inputs, dout = draw()
+  want = oracle(problem, inputs, dout)
+  attend = transformed(name, problem, inputs)
+  value, grads = loss_and_gradients(problem, inputs, dout, attend)
+  assert_close([value], [(want[0] * np.float64(dout)).sum()], 1e-5)
+  assert_close(grads, want[2])
+
+
+@pytest.mark.parametrize(
+  ("backend", "platform", "sizes"),
+  [
+    ("tpu", "tpu", {}),
+    ("mosaic_gpu", "cuda", {"dtype": "bfloat16", "d": 64, "block_q": 64, "block_k": 64}),
+  ],
+)
+def test_kernels_lower_under_shard_map_and_vmap(backend, platform, sizes):
+  problem, inputs, dout = draw(backend=backend, **sizes)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "d")
+  spec = jax.sharding.PartitionSpec("d")
+  part = lambda *x: attention.attend(problem, Inputs(*x))
+  shared = jax.shard_map(part, mesh=mesh, in_specs=(spec,) * 9, out_specs=spec)
+  lift = lambda *x: jax.vmap(part)(*(y[:, None] for y in x))[:, 0]
+  for attend in (shared, lift):
+
+    def grads(*tensors, attend=attend):
+      return jax.vjp(lambda *x: attend(*x, *inputs[5:]), *tensors)[1](dout)
+
+    jax.jit(grads).trace(*inputs[:5]).lower(lowering_platforms=(platform,))
+
+
+def test_nested_vmaps_and_what_is_not_mapped():
+  problem, inputs, _ = draw()
+  q = jnp.stack([inputs.q, inputs.q[::-1], 2 * inputs.q])
+  attend = lambda q: call(problem, inputs, q, *inputs[1:5])
+  assert_close([jax.vmap(attend)(q)], [np.stack([attend(x) for x in q])])
+  twice = jax.vmap(jax.vmap(attend))(q[None])
+  assert_close([twice[0]], [np.stack([attend(x) for x in q])])
+
+
+def test_a_count_per_sample_serves_all_its_lists():
+  problem, inputs, _ = draw()
+  index = jnp.clip(inputs.index, 0, 3)
+  same = call(problem, inputs._replace(index=index, count=np.array([[[1]], [[2]]])))
+  one = call(problem, inputs._replace(index=index, count=np.ones(index.shape[:3], np.int32)))
   np.testing.assert_array_equal(same[0], one[0])
 
 
 def test_half_precision_accumulates_in_single():
-  q, k, v, index, count, extra = draw((1, 2, 64, 128, 0, 256, 64))
-  want = pk.block_sparse_attention(q, k, v, index, count, **extra)
-  got = pk.block_sparse_attention(
-    *(x.astype(jnp.bfloat16) for x in (q, k, v)), index, count, **extra
-  )
-  assert got.dtype == jnp.bfloat16
+  problem, inputs, dout = draw("bfloat16", d=128, s=64, n=256, past=0, length=(256, 200))
   # Inputs, probabilities and the output each round at 8 bits.
-  np.testing.assert_allclose(np.float32(got), want, atol=0.03)
+  assert_close([call(problem, inputs)], [oracle(problem, inputs, dout)[0]], 0.01)
+  assert call(problem, inputs).dtype == jnp.bfloat16
+
+
+def test_without_an_accelerator_auto_takes_plain_jax(caplog):
+  problem, inputs, _ = draw()
+  with caplog.at_level("INFO"):
+    chosen = attention.choose_backend(dataclasses.replace(problem, backend="auto"), inputs)
+  assert chosen.backend == "xla" and not caplog.records
+
+
+def test_auto_says_once_why_an_accelerator_is_not_used(monkeypatch, caplog):
+  problem, inputs, _ = draw()
+  monkeypatch.setattr(device, "platform", lambda: "gpu")
+  monkeypatch.setattr(device, "compute_capability", lambda: (7, 5))
+  attention._say.cache_clear()
+  with caplog.at_level("INFO"):
+    for _ in range(2):
+      auto = dataclasses.replace(problem, backend="auto")
+      assert attention.choose_backend(auto, inputs).backend == "xla"
+  assert len(caplog.records) == 1 and "compute capability" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["mosaic_gpu", "triton", "tpu"])
+def test_a_backend_that_cannot_serve_says_why(backend):
+  problem, inputs, _ = draw()
+  with pytest.raises(ValueError, match=f"backend {backend} cannot serve this call: it "):
+    call(problem, inputs, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +196,7 @@ def test_half_precision_accumulates_in_single():
   [
     ({"k": np.ones((1, 16, 2, 8), np.float32)}, "must agree"),
     ({"v": np.ones((1, 15, 1, 8), np.float32)}, "k holds 16 tokens and v 15"),
+    ({"k": np.ones((1, 16, 1, 8), np.float16)}, "q is float32 and k float16; give all in one"),
     ({"block_index": np.zeros((1, 1, 3, 1), np.int32)}, r"need \(1, 1, 2\) lists"),
     ({"block_index": np.zeros((1, 1, 2, 3), np.int32)}, "lists 3 blocks of keys.* only 2"),
     ({"past_length": np.zeros((1,), np.int32)}, "go together"),
@@ -157,12 +204,15 @@ def test_half_precision_accumulates_in_single():
     ({"block_k": 0}, "give at least 1 each"),
     ({"q": np.ones((1, 16, 8), np.float32)}, r"q has shape \(1, 16, 8\)"),
     ({"block_index": np.zeros((1, 1, 2, 1), np.float32)}, "block_index is float32"),
+    ({"block_count": np.ones((1, 1, 2), np.float32)}, "block_count is float32; give integers"),
+    ({"block_count": np.ones((3,), np.int32)}, r"shape \[3\]; give one that broadcasts to"),
     ({"length": np.ones((2,), np.int32)}, r"length is int32 \[2\]"),
     ({"backend": "mosaic"}, "Unknown backend 'mosaic'"),
   ],
 )
 def test_wrong_arguments_are_refused(change, sentence):
-  q, k, v, index, _, _ = draw(SIZES[0])
-  args = {"q": q, "k": k, "v": v, "block_index": index, "block_q": 8, "block_k": 8, **change}
+  x = np.ones((1, 16, 1, 8), np.float32)
+  args = {"q": x, "k": x, "v": x, "block_index": np.zeros((1, 1, 2, 1), np.int32),
+          "block_q": 8, "block_k": 8, **change}  # fmt: skip
   with pytest.raises(ValueError, match=sentence):
     pk.block_sparse_attention(**args)

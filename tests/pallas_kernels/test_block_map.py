@@ -48,7 +48,8 @@ def test_centring_over_the_sequence_changes_no_choice():
   q, k = (jnp.asarray(draw(i, 1, 64, 2, 8)) for i in (2, 3))
   means = pk.block_means(q, 8)
   chosen = [
-    pk.block_map(means, pk.block_means(pk.center_keys(k, c), 8), 3)[0] for c in ("none", "sequence")
+    pk.choose_blocks(means, pk.block_means(pk.center_keys(k, c), 8), 3)[0]
+    for c in ("none", "sequence")
   ]
   np.testing.assert_array_equal(*chosen)
 
@@ -58,7 +59,7 @@ def test_the_best_valid_blocks_are_listed_best_first(most, seed):
   q, k = draw(seed, 2, 2, 3, 5), draw(seed + 100, 2, 2, 6, 5)
   valid = np.array([[1, 1, 0, 1, 0, 1], [1] * 6], bool)
   counts = np.minimum([most, most], valid.sum(axis=1))
-  index, count = pk.block_map(
+  index, count = pk.choose_blocks(
     jnp.asarray(q), jnp.asarray(k), most, jnp.asarray(counts), jnp.asarray(valid)
   )
   assert index.dtype == count.dtype == jnp.int32
@@ -73,7 +74,7 @@ def test_the_best_valid_blocks_are_listed_best_first(most, seed):
 
 def test_ties_go_to_the_lower_block_and_lists_are_never_empty():
   q, k = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 5, 4))
-  index, count = pk.block_map(q, k, 3, jnp.array([0]))
+  index, count = pk.choose_blocks(q, k, 3, jnp.array([0]))
   np.testing.assert_array_equal(index[0, 0], [[0, 1, 2], [0, 1, 2]])
   assert np.all(count == 1)
 
@@ -82,7 +83,7 @@ def test_the_choice_carries_no_gradient():
   q, k = jnp.asarray(draw(0, 1, 1, 2, 4)), jnp.asarray(draw(1, 1, 1, 3, 4))
 
   def loss(q):
-    index, _ = pk.block_map(q, k, 2)
+    index, _ = pk.choose_blocks(q, k, 2)
     return index.astype(jnp.float32).sum() + 0 * q.sum()
 
   assert not np.any(jax.grad(loss)(q))
@@ -91,7 +92,7 @@ def test_the_choice_carries_no_gradient():
 @pytest.mark.parametrize("most", [0, 4])
 def test_an_impossible_number_of_blocks_is_refused(most):
   with pytest.raises(ValueError, match=f"{most} key blocks were to be kept out of 3"):
-    pk.block_map(jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 3, 4)), most)
+    pk.choose_blocks(jnp.ones((1, 1, 2, 4)), jnp.ones((1, 1, 3, 4)), most)
 
 
 def test_counts_truncate_in_double_precision():
@@ -100,3 +101,47 @@ def test_counts_truncate_in_double_precision():
   assert list(pk.kept_counts(0.2, [4680, 9360, 14040])) == [14, 29, 44]
   assert list(pk.kept_counts(0.2, [0, 4680, 9360], [4680] * 3)) == [14, 29, 44]
   assert list(pk.kept_counts(0.01, [64], block=64)) == [1]
+
+
+@pytest.mark.parametrize("center", ["none", "heads"])
+@pytest.mark.parametrize("past", [True, False])
+def test_the_map_of_tokens_is_that_of_their_blocks(past, center):
+  """Two samples with other numbers of valid keys."""
+  q, k, older = (jnp.asarray(draw(i, 2, n, 2, 4)) for i, n in ((0, 10), (1, 13), (2, 11)))
+  states, state = ([0, 5, 11] if past else [4, 9, 13]), jnp.array([1, 2])
+  given = {}
+  if past:
+    length = jnp.array([5, 11])
+    older = pk.center_keys(older, center)
+    given["past_means"] = pk.block_means(older, 4, length)
+  index, count = pk.block_map(
+    q, k, 0.5, states=states, state=state, center=center, block_q=4, block_k=4, **given
+  )
+  assert index.shape == (2, 2, 3, 3 if past else 2) and count.shape == (2, 2, 3)
+  for b, valid in enumerate((5, 11) if past else (9, 13)):
+    kept = pk.center_keys(k[b : b + 1], center)
+    rows = [older[b : b + 1, :valid], kept] if past else [kept[:, :valid]]
+    blocks = [x[:, i : i + 4] for x in rows for i in range(0, x.shape[1], 4)]
+    numbers = list(range(-(-valid // 4)))
+    numbers += [3 + i for i in range(4)] if past else []
+    expected = max(1, len(blocks) // 2)
+    assert np.all(count[b] == expected)
+    for h, i in np.ndindex(2, 3):
+      mean = q[b, 4 * i : 4 * i + 4, h].mean(0)
+      scores = np.array([float(mean @ x[0, :, h].mean(0)) for x in blocks])
+      best = [numbers[j] for j in np.argsort(-scores)[:expected]]
+      assert list(index[b, h, i, :expected]) == best
+
+
+@pytest.mark.parametrize(
+  ("given", "sentence"),
+  [
+    ({"states": [9]}, r"room for 8 tokens; \[9\] of them"),
+    ({"states": []}, r"\[\] of them were to be valid"),
+    ({"states": [4, 8]}, "2 states; say which one"),
+  ],
+)
+def test_impossible_states_are_refused(given, sentence):
+  x = jnp.ones((1, 8, 1, 4))
+  with pytest.raises(ValueError, match=sentence):
+    pk.block_map(x, x, 0.5, block_q=4, block_k=4, **given)
