@@ -137,8 +137,8 @@ def _attend_fwd(problem, inputs):
 def _attend_bwd(problem, saved, dout):
   inputs, out, lse = saved
   got = backward(problem, inputs, out, lse, dout)
-  nothing = dict.fromkeys(("index", "count", "length", "past_length"))
-  return (Inputs(**got._asdict(), **nothing),)
+  nothing: Any = (None,) * (len(inputs) - len(got))  # numbers carry no gradient
+  return (Inputs(*got, *nothing),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -213,7 +213,7 @@ def _check(q, k, v, index, count, length, past_k, past_v, past_length, block_q, 
     raise ValueError(
       f"block_index is {index.dtype} {list(index.shape)}; give integers, one or more in a list."
     )
-  lengths = []
+  lengths: list[Any] = []
   for name, n, buffer in (("length", length, k), ("past_length", past_length, past_k)):
     if n is not None and (jnp.shape(n) != (b,) or not jnp.issubdtype(n.dtype, jnp.integer)):
       raise ValueError(f"{name} is {n.dtype} {list(jnp.shape(n))}; give integers of shape [{b}].")

@@ -4,7 +4,7 @@ import jax
 
 
 def _device() -> jax.Device:
-  default = jax.config.jax_default_device
+  default = jax.config.jax_default_device  # type: ignore[attr-defined]
   return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 

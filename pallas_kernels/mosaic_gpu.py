@@ -1,5 +1,7 @@
 """Block-sparse attention for Hopper GPUs, with Pallas Mosaic GPU: what it takes, and its tuning."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -36,7 +38,7 @@ def unsupported(problem: Problem, inputs: Inputs) -> str | None:
   return None
 
 
-def _lengthen(x: Array | None, tokens: int) -> Array | None:
+def _lengthen(x: Any, tokens: int) -> Any:
   """At least so many tokens: what is shorter than a tile cannot be copied by tiles."""
   if x is None or x.shape[1] >= tokens:
     return x
@@ -44,8 +46,10 @@ def _lengthen(x: Array | None, tokens: int) -> Array | None:
 
 
 def _lengthen_all(problem: Problem, inputs: Inputs) -> Inputs:
-  keys = {n: _lengthen(getattr(inputs, n), problem.block_k) for n in ("k", "v", "past_k", "past_v")}
-  return inputs._replace(q=_lengthen(inputs.q, ROWS), **keys)
+  q, *keys = inputs[:5]
+  return Inputs._make(
+    [_lengthen(q, ROWS), *(_lengthen(x, problem.block_k) for x in keys), *inputs[5:]]
+  )
 
 
 def forward(
@@ -74,7 +78,5 @@ def backward(
   got = backward_kernels.backward(
     problem, _lengthen_all(problem, inputs), out, lse, dout, queries, keys
   )
-  wanted = (inputs.q, inputs.k, inputs.v, inputs.past_k, inputs.past_v)
-  return Gradients(
-    *(None if x is None else x[:, : y.shape[1]] for x, y in zip(got, wanted, strict=True))
-  )
+  cut: Any = lambda x, y: None if y is None else x[:, : y.shape[1]]
+  return Gradients(*(cut(x, y) for x, y in zip(got, inputs[:5], strict=True)))

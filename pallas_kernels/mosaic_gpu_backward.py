@@ -1,8 +1,8 @@
 """Block-sparse attention for Hopper GPUs, with Pallas Mosaic GPU: the backward pass.
 
-Two kernels, without atomics, so that the same inputs give the same bits: gradients of queries by the
-lists, those of keys and values by the transposed lists. Both compute the probabilities again from
-the log-sum-exp (spec section 5).
+Two kernels, without atomics, so that the same inputs give the same bits: gradients of queries by
+the lists, those of keys and values by the transposed lists. Both compute the probabilities again
+from the log-sum-exp (spec section 5).
 """
 
 import jax
@@ -13,8 +13,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu_rings import (
-  LOG2E, ROWS, Keys, Stream, Tuning, columns, launch, place, produce, product, rows,
-  run_warpgroups, split_programs, tile, tiles_product, transpose,
+  LOG2E,
+  ROWS,
+  Keys,
+  Stream,
+  Tuning,
+  columns,
+  launch,
+  place,
+  produce,
+  product,
+  rows,
+  run_warpgroups,
+  split_programs,
+  tile,
+  tiles_product,
+  transpose,
 )  # fmt: skip
 from pallas_kernels.problem import Gradients, Inputs, Problem
 from pallas_kernels.transpose import transpose_lists
@@ -170,7 +184,6 @@ def key_gradients(problem: Problem, inputs: Inputs, arrays, tuning: Tuning):
   """Gradients of keys and values, current and past, by the transposed lists."""
   b, _, h, d = inputs.q.shape
   dtype, block_k = inputs.q.dtype, problem.block_k
-  nq = inputs.index.shape[2]
   blocks, older = inputs.key_blocks(block_k), inputs.past_blocks(block_k)
   queries, counts = transpose_lists(inputs.index, inputs.count, blocks)
   arrays = {**arrays, "queries": queries, "counts": counts}

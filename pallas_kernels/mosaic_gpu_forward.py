@@ -14,8 +14,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu_rings import (
-  LOG2E, ROWS, Keys, Stream, Tuning, columns, launch, place, produce, product, run_warpgroups,
-  split_programs, tile, tiles_product, transpose,
+  LOG2E,
+  ROWS,
+  Keys,
+  Stream,
+  Tuning,
+  columns,
+  launch,
+  place,
+  produce,
+  product,
+  run_warpgroups,
+  split_programs,
+  tile,
+  tiles_product,
+  transpose,
 )  # fmt: skip
 from pallas_kernels.problem import Inputs, Problem
 
@@ -83,17 +96,17 @@ def forward(
         least = functools.reduce(jnp.minimum, valid)
         return lax.cond(least < block_k, mask, lambda s: s, s)
 
-      def soften(s, m, l):
+      def soften(s, m, norm):
         """Probabilities, new maximum, factor of what was summed before, and new sum."""
         new = jnp.maximum(m, s.max(axis=1) * c)
         factor = jnp.exp2(m - new)
         p = jnp.exp2(s * c - columns(new, s.shape))
-        return p.astype(dtype), new, factor, l * factor + p.sum(axis=1)
+        return p.astype(dtype), new, factor, norm * factor + p.sum(axis=1)
 
-      def begin(step, m, l):
+      def begin(step, m, norm):
         s = tiles_product(q_s, transpose(k_ring.take(rank, step)))
         k_ring.free(rank, step)
-        return soften(masked(s, valid(step)), m, l)
+        return soften(masked(s, valid(step)), m, norm)
 
       def end(step, acc, p):
         scratch_p = scratch["p"].at[wg] if problem.interpret else None
@@ -102,13 +115,13 @@ def forward(
         return acc
 
       def one(step, carry):
-        acc, m, l = carry
-        p, m, factor, l = begin(step, m, l)
-        return end(step, acc * columns(factor, acc.shape), p), m, l
+        acc, m, norm = carry
+        p, m, factor, norm = begin(step, m, norm)
+        return end(step, acc * columns(factor, acc.shape), p), m, norm
 
       def overlapped(step, carry):
         """Keys of this step beside the values of the one before, whose probabilities are p."""
-        acc, m, l, p = carry
+        acc, m, norm, p = carry
         counting = valid(step)  # asked for early, as it comes from far
         k = k_ring.take(rank, step)
 
@@ -118,7 +131,7 @@ def forward(
           plgpu.wgmma(acc_ref, p, v_ring.take(rank, step - 1))
           s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
           k_ring.free(rank, step)
-          p_new, m_new, factor, l_new = soften(masked(s, counting), m, l)
+          p_new, m_new, factor, l_new = soften(masked(s, counting), m, norm)
           new = plgpu.wgmma_accumulator_load(acc_ref, wait_n=0)
           v_ring.free(rank, step - 1)
           return new * columns(factor, new.shape), m_new, l_new, p_new
@@ -128,19 +141,19 @@ def forward(
 
       acc = jnp.zeros((ROWS, d), jnp.float32)
       m = jnp.full((ROWS,), NEVER, jnp.float32)
-      l = jnp.zeros((ROWS,), jnp.float32)
+      norm = jnp.zeros((ROWS,), jnp.float32)
       if problem.interpret:
-        acc, m, l = lax.fori_loop(0, total, one, (acc, m, l))
+        acc, m, norm = lax.fori_loop(0, total, one, (acc, m, norm))
       else:
-        p, m, _, l = begin(0, m, l)
-        acc, m, l, p = lax.fori_loop(1, total, overlapped, (acc, m, l, p))
+        p, m, _, norm = begin(0, m, norm)
+        acc, m, norm, p = lax.fori_loop(1, total, overlapped, (acc, m, norm, p))
         acc = end(total - 1, acc, p)
-      q_s[...] = (acc * columns(jnp.where(l > 0, 1 / l, 0.0), acc.shape)).astype(dtype)
-      lse_s[...] = jnp.where(l > 0, m + jnp.log(l) * LOG2E, -jnp.inf)
+      q_s[...] = (acc * columns(jnp.where(norm > 0, 1 / norm, 0.0), acc.shape)).astype(dtype)
+      lse_s[...] = jnp.where(norm > 0, m + jnp.log(norm) * LOG2E, -jnp.inf)
       plgpu.commit_smem()
 
       @pl.when(is_own(rank))
-      def _():
+      def store():
         plgpu.copy_smem_to_gmem(q_s, outputs["out"].at[batch, rows, head])
         plgpu.copy_smem_to_gmem(lse_s, outputs["lse"].at[batch, head, rows])
         plgpu.wait_smem_to_gmem(0)

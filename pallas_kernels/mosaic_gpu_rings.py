@@ -1,8 +1,8 @@
 """What the Hopper kernels have in common: programs of consumers that a producer feeds.
 
-A program serves one list or more. Each list has consumers, warpgroups of 64 rows, and rings of slots
-in shared memory; one more warpgroup fills the slots by TMA. A consumer waits until a slot is full,
-and says when it is free again.
+A program serves one list or more. Each list has consumers, warpgroups of 64 rows, and rings of
+slots in shared memory; one more warpgroup fills the slots by TMA. A consumer waits until a slot is
+full, and says when it is free again.
 """
 
 import dataclasses
@@ -211,7 +211,7 @@ def launch(
   """Runs `kernel(refs, outputs, scratch)` with references by name."""
   interpret = {}
   if problem.interpret:
-    interpret["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+    interpret["interpret"] = plgpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]
   given = {name: x for name, x in arrays.items() if x is not None}
 
   def body(refs, *rest):
@@ -242,7 +242,7 @@ class Keys:
     self.block_k, self.refs, self.batch, self.head = problem.block_k, refs, batch, head
     self.older = inputs.past_blocks(problem.block_k)
     self.has_past = inputs.past_k is not None
-    self.past_end = refs["past_length"][batch] if self.has_past else None
+    self.past_end: Any = refs["past_length"][batch] if self.has_past else None
     self.end = refs["length"][batch] + self.older * problem.block_k
 
   def valid(self, block):

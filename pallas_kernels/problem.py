@@ -39,8 +39,10 @@ class Inputs(NamedTuple):
   v: Float[Array, "b s h d"]
   past_k: Float[Array, "b s h d"] | None
   past_v: Float[Array, "b s h d"] | None
-  index: Int[Array, "b h q k"]  # int32; the first `count` of a list are distinct, the rest ignored
-  count: Int[Array, "b h q"]  # int32, at most the length of the lists
+  # int32; the first `count` of a list are distinct, the rest ignored.
+  index: Int[Array, "b h q k"]  # type: ignore[assignment]
+  # int32, at most the length of the lists.
+  count: Int[Array, "b h q"]  # type: ignore[assignment]
   length: Int[Array, "b"]  # int32, valid current keys
   past_length: Int[Array, "b"] | None  # int32, valid past keys
 

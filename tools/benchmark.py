@@ -3,6 +3,8 @@
 Prints one row per part of a chunk and the frames per second of the whole (diffusion transformer
 only: no decoder is part of it). Every figure is the median of several chunks after the window has
 filled; times are wall-clock, with the device waited for.
+
+`tools/benchmark.py kernels` times the kernels of block-sparse attention instead.
 """
 
 import argparse
@@ -120,6 +122,11 @@ def latent_size(size: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; the exit status."""
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:1] == ["kernels"]:
+    import benchmark_kernels
+
+    return benchmark_kernels.main(argv[1:])
   on_cpu = jax.default_backend() == "cpu"
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
   parser.add_argument("--model", default="tiny" if on_cpu else "hybrid-1.3b", choices=PRESETS)
@@ -130,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--sink", type=int, default=3, help="latent frames seen for ever")
   parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
   parser.add_argument("--batch", type=int, default=1)
+  parser.add_argument("--backend", default="auto", help="of block-sparse attention")
   parser.add_argument("--repeats", type=int, default=10)
   parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
   args = parser.parse_args(argv)
@@ -143,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
       sink=args.sink,
       variant=args.variant,
     )
-    config = StreamConfig(preset(args.model), geometry, dtype=args.dtype)
+    config = StreamConfig(preset(args.model), geometry, dtype=args.dtype, backend=args.backend)
     if min(args.batch, args.repeats) < 1:
       raise ValueError("Batch and repeats must be at least 1.")
   except ValueError as e:
@@ -159,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     "window": geometry.window,
     "sink": args.sink,
     "dtype": args.dtype,
+    "backend": args.backend,
     "batch": args.batch,
     "steps": len(config.steps),
     "device": device.device_kind,

@@ -7,6 +7,8 @@ names. Nothing is written unless everything is converted.
 """
 
 import argparse
+import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -23,16 +25,20 @@ from hfjax.models.geometry import VARIANTS
 
 def convert(args: argparse.Namespace):
   """Reads all of SRC's models, then writes them; CheckpointError with a sentence if it cannot."""
-  parts = checkpoint.open_parts(args.source, args.model, args.variant, args.ema)
-  for path in args.lora:
-    parts = lora.merge(parts, *lora.parse(path))
-  rows = [checkpoint.entries(part, args.to, args.dtype)[0] for part in parts]
-  total = sum(entry.nbytes for row in rows for entry in row)
-  for part in parts:
-    print(f"{part.kind.name}: {part.config}")
-    for note in part.notes:
-      print(f"{part.kind.name}: {note}")
-  with write.replace_folder(args.target, args.overwrite) as folder:
+  with write.replace_folder(args.target, args.overwrite, args.source) as folder:
+    if args.to != "hfjax" and checkpoint.hfjax_models(args.target):
+      raise CheckpointError(
+        f"{args.target} holds hfjax models, which would be read instead of others; write elsewhere."
+      )
+    parts = checkpoint.open_parts(args.source, args.model, args.variant, args.ema)
+    for path in args.lora:
+      parts = lora.merge(parts, *lora.parse(path))
+    rows = [checkpoint.entries(part, args.to, args.dtype)[0] for part in parts]
+    total = sum(entry.nbytes for row in rows for entry in row)
+    for part in parts:
+      print(f"{part.kind.name}: {part.config}")
+      for note in part.notes:
+        print(f"{part.kind.name}: {CheckpointError(note)}")  # which makes it printable
     write.check_space(folder, total)
     with tqdm(total=total, unit="B", unit_scale=True, disable=args.quiet) as bar:
       for part in parts:
@@ -40,8 +46,9 @@ def convert(args: argparse.Namespace):
         target = folder / checkpoint.part_folder(part.kind, args.to)
         target.mkdir(exist_ok=True)
         checkpoint.write_part(part, target, args.to, args.dtype, bar.update)
-    checkpoint.copy_tokenizer(args.source, folder)
-  print(f"Wrote {args.target}, {total / 1e9:.2f} GB.")
+    if any(part.kind.name == "umt5" for part in parts):
+      checkpoint.copy_tokenizer(args.source, folder, args.to)
+  print(f"Wrote {args.target}, {total / 1e9:.2f} GB.", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,6 +75,15 @@ def main(argv: list[str] | None = None) -> int:
   except CheckpointError as e:
     print(f"convert_checkpoint: {e}", file=sys.stderr)
     return 2
+  except BrokenPipeError:  # whoever reads the output has left
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+  except OSError as e:
+    # What copies folders gives a list of (from, to, reason).
+    reason = e.args[0][0][2] if isinstance(e, shutil.Error) else f"{e.strerror} ({e.filename})"
+    text = CheckpointError(f"{reason}; mend that, and convert again.")
+    print(f"convert_checkpoint: {text}", file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print(f"convert_checkpoint: interrupted; {args.target} is as it was.", file=sys.stderr)
     return 130
@@ -76,5 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
   # What asks the process to end is treated like Ctrl-C, so that no half-written folder stays.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  for name in ("SIGTERM", "SIGHUP"):
+    if hasattr(signal, name):
+      signal.signal(getattr(signal, name), signal.default_int_handler)
   sys.exit(main())

@@ -1,0 +1,103 @@
+"""Random calls of block-sparse attention, and their timing: for the benchmark and the GPU check."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from pallas_kernels import attention
+from pallas_kernels.problem import Inputs, Problem
+
+
+class Size(NamedTuple):
+  """A call: batch, heads, head dimension, queries, room for past keys, current keys."""
+
+  b: int = 1
+  h: int = 12
+  d: int = 128
+  s: int = 4680
+  past: int = 9360
+  n: int = 4680
+
+
+STREAM = Size()  # a chunk of 832 x 480 pixels in the 1.3B model
+ONE_BUFFER = STREAM._replace(past=0, n=14040)
+# The streaming size in small, for machines that are no match for it.
+SMALL = Size(h=2, d=64, s=300, past=200, n=250)
+
+
+def draw(
+  size: Size, ratio: float, block_q=64, block_k=64, dtype=jnp.bfloat16, seed=0, valid=None
+) -> Inputs:
+  """Standard normal tensors and lists of random distinct blocks, in ascending order.
+
+  ratio: share of the blocks that is listed. valid: numbers of valid current and past keys, for
+    each sample; all by default. Every list that has room for it ends with the last block, which is
+    ragged.
+  """
+  r = np.random.default_rng(seed)
+  b, h, d = size.b, size.h, size.d
+  keys = jax.random.split(jax.random.key(seed), 5)
+  q, k, v, past_k, past_v = (
+    jax.random.normal(key, (b, rows, h, d), dtype)
+    for key, rows in zip(keys, (size.s, size.n, size.n, size.past, size.past), strict=True)
+  )
+  nq = pallas_kernels.num_blocks(size.s, block_q)
+  blocks = sum(pallas_kernels.num_blocks(x, block_k) for x in (size.past, size.n))
+  kept = max(1, int(ratio * blocks))
+  index = r.permuted(np.broadcast_to(np.arange(blocks - 1), (b, h, nq, blocks - 1)), axis=-1)
+  last = np.full((b, h, nq, 1), blocks - 1)
+  index = np.sort(np.concatenate([index[..., : kept - 1], last], axis=-1), axis=-1)
+  length, past_length = valid or ([size.n] * b, [size.past] * b)
+  ints = lambda x: jnp.asarray(np.array(x), jnp.int32)
+  return Inputs(
+    q, k, v,
+    past_k if size.past else None, past_v if size.past else None,
+    ints(index), jnp.full((b, h, nq), kept, jnp.int32), ints(length),
+    ints(past_length) if size.past else None,
+  )  # fmt: skip
+
+
+def problem(size: Size, backend: str, block_q=64, block_k=64, past_gradient=True) -> Problem:
+  """The problem with the default scale."""
+  return Problem(size.d**-0.5, block_q, block_k, backend, past_gradient)
+
+
+def available(size: Size, backends: Sequence[str], dtype=jnp.bfloat16) -> dict[str, str | None]:
+  """Why each backend cannot serve calls of a size here; None where it can."""
+  inputs = draw(size._replace(s=64, past=0, n=64), 1.0, dtype=dtype)
+  return {
+    name: attention.BACKENDS[name].unsupported(problem(size, name), inputs) for name in backends
+  }
+
+
+def milliseconds(call: Callable, sets: Sequence[Any], calls: int = 40, repeats: int = 7) -> float:
+  """Median time of a call, as the device sees it: many are queued, over changing inputs."""
+  run = jax.jit(call)
+  jax.block_until_ready([run(x) for x in sets])
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready([run(sets[i % len(sets)]) for i in range(calls)])
+    times.append((time.perf_counter() - start) / calls)
+  return 1e3 * statistics.median(times)
+
+
+def milliseconds_in_one(call: Callable, sets: Sequence[Any], repeats: int = 15) -> float:
+  """Median time of a call among one for each set, all in one program.
+
+  For calls so short that the host could not queue them fast enough.
+  """
+  run = jax.jit(lambda sets: [call(x) for x in sets])
+  jax.block_until_ready(run(sets))
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(run(sets))
+    times.append((time.perf_counter() - start) / len(sets))
+  return 1e3 * statistics.median(times)
