@@ -5,8 +5,8 @@ dimension, q query blocks, n key blocks, k listed blocks.
 """
 
 from pallas_kernels.attention import BACKENDS, block_sparse_attention
-from pallas_kernels.block_map import (
-  block_map,
+from pallas_kernels.block_map import block_map
+from pallas_kernels.pooling import (
   block_means,
   center_keys,
   choose_blocks,

@@ -3,17 +3,16 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import device, mosaic_gpu, tpu, triton, xla
-from pallas_kernels.block_map import num_blocks
+from pallas_kernels.batching import axes_of, fold_batch, vary
+from pallas_kernels.pooling import num_blocks
 from pallas_kernels.problem import Gradients, Inputs, Problem
 
 # Each is a module with `unsupported`, `forward` and `backward`, the fastest first: "auto" takes the
@@ -109,7 +108,7 @@ def _say(line: str):
 def attend(problem: Problem, inputs: Inputs) -> Float[Array, "b s h d"]:
   """Attention of checked inputs on the problem's backend."""
   # Cast here, so that what all shards share gets the sum of their gradients.
-  return _attend(problem, _vary(_axes(inputs), inputs))
+  return _attend(problem, vary(axes_of(inputs), inputs))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -121,12 +120,12 @@ def forward(
   problem: Problem, inputs: Inputs
 ) -> tuple[Float[Array, "b s h d"], Float[Array, "b h s"]]:
   """Attention, and base-2 log-sum-exp of the scores; -inf for a row without keys."""
-  return _fold_batch(functools.partial(BACKENDS[problem.backend].forward, problem))(inputs)
+  return fold_batch(functools.partial(BACKENDS[problem.backend].forward, problem))(inputs)
 
 
 def backward(problem: Problem, inputs: Inputs, *rest: jax.Array) -> Gradients:
   """Cotangents of the inputs; rest: output, log-sum-exp, cotangent of the output."""
-  return _fold_batch(functools.partial(BACKENDS[problem.backend].backward, problem))(inputs, *rest)
+  return fold_batch(functools.partial(BACKENDS[problem.backend].backward, problem))(inputs, *rest)
 
 
 def _attend_fwd(problem, inputs):
@@ -142,41 +141,6 @@ def _attend_bwd(problem, saved, dout):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _axes(args) -> frozenset[str]:
-  """Axes of a mesh over which arrays vary, under shard_map."""
-  return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(args)))
-
-
-def _vary(axes: frozenset[str], args):
-  """Arrays as such that vary over all of `axes`."""
-
-  def cast(x):
-    missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-  return jax.tree.map(cast, args)
-
-
-def _fold_batch(call: Callable) -> Callable:
-  """`call`, of arrays with a batch axis in front, such that `jax.vmap` makes the batch larger.
-
-  Kernels do not say over which axes of a mesh their results vary: over those of the inputs.
-  """
-  mapped_call = jax.custom_batching.custom_vmap(lambda *args: _vary(_axes(args), call(*args)))
-
-  @mapped_call.def_vmap
-  def rule(size, mapped, *args):
-    def fold(x, is_mapped):
-      x = x if is_mapped else jnp.broadcast_to(x[None], (size, *x.shape))
-      return x.reshape(-1, *x.shape[2:])
-
-    out = _fold_batch(call)(*jax.tree.map(fold, args, tuple(mapped)))
-    out = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out)
-    return out, jax.tree.map(lambda _: True, out)
-
-  return mapped_call
 
 
 def _check(q, k, v, index, count, length, past_k, past_v, past_length, block_q, block_k) -> Inputs:

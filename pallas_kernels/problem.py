@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_map import num_blocks
+from pallas_kernels.pooling import num_blocks
 
 
 @dataclasses.dataclass(frozen=True)

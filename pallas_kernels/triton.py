@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_map import num_blocks
+from pallas_kernels.pooling import num_blocks
 from pallas_kernels.problem import Gradients, Inputs, Problem
 from pallas_kernels.transpose import transpose_lists
 
@@ -55,8 +55,8 @@ _SHARED_ELSEWHERE = 99
 class Launch(NamedTuple):
   """One call of a kernel.
 
-  kernel: its name in `triton_kernels`. arrays, outputs: its first parameters, in order.
-  constants: its other parameters, by name.
+  kernel: its name in `module`. arrays, outputs: its first parameters, in order.
+  constants: its other parameters, by name. warps, stages: `num_warps` and `num_stages` of Triton.
   """
 
   kernel: str
@@ -64,7 +64,9 @@ class Launch(NamedTuple):
   arrays: tuple[jax.Array, ...]
   outputs: tuple[jax.ShapeDtypeStruct, ...]
   constants: dict[str, Any]
-  tuning: Tuning
+  warps: int
+  stages: int
+  module: str = "triton_kernels"
 
 
 def unsupported(problem: Problem, inputs: Inputs) -> str | None:
@@ -106,7 +108,8 @@ def forward(
       (_like(inputs.q), jax.ShapeDtypeStruct((b, h, s), jnp.float32)),
       _constants(problem, inputs, tuning)
       | {"LISTED": inputs.index.shape[3], "BRANCH": tuning.branch},
-      tuning,
+      tuning.warps,
+      tuning.stages,
     )
   )
   return out, lse
@@ -138,12 +141,12 @@ def call(launch: Launch) -> list[jax.Array]:
   jax_triton, kernels = modules
   return jax_triton.triton_call(
     *launch.arrays,
-    kernel=getattr(kernels, launch.kernel),
+    kernel=getattr(kernels[launch.module], launch.kernel),
     name=f"block_sparse_{launch.kernel}",
     out_shape=launch.outputs,
     grid=launch.grid,
-    num_warps=launch.tuning.warps,
-    num_stages=launch.tuning.stages,
+    num_warps=launch.warps,
+    num_stages=launch.stages,
     **launch.constants,
   )
 
@@ -161,7 +164,8 @@ def _gradient_of_queries(problem, inputs, out, lse, dout):
       (_like(inputs.q), jax.ShapeDtypeStruct((b, h, s, 2), jnp.float32)),
       _constants(problem, inputs, tuning)
       | {"LISTED": inputs.index.shape[3], "BRANCH": tuning.branch, "FUSED": tuning.fused},
-      tuning,
+      tuning.warps,
+      tuning.stages,
     )
   )
   return dq, new_stats if tuning.fused else stats
@@ -195,7 +199,8 @@ def _gradients_of_keys(problem, inputs, stats, dout):
       (*_arrays(inputs._replace(index=index, count=count)), dout, stats),
       tuple(_like(x) for x in buffers),
       constants,
-      tuning,
+      tuning.warps,
+      tuning.stages,
     )
   )
 
@@ -275,12 +280,15 @@ def _capability() -> tuple[int, int]:
 
 
 @functools.cache
-def _modules() -> tuple[ModuleType, ModuleType] | str:
-  """jax-triton and the kernels, or why they cannot be imported."""
+def _modules() -> tuple[ModuleType, dict[str, ModuleType]] | str:
+  """jax-triton and the modules of kernels by name, or why they cannot be imported."""
   try:
     import jax_triton
 
-    from pallas_kernels import triton_kernels
+    from pallas_kernels import triton_kernels, triton_map_kernels
   except Exception as e:  # it imports private modules, which can fail in many ways
     return f"{type(e).__name__}: {e}"
-  return jax_triton, triton_kernels
+  return jax_triton, {
+    "triton_kernels": triton_kernels,
+    "triton_map_kernels": triton_map_kernels,
+  }

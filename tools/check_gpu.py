@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_cases import STREAM, Size, available, draw, problem
 
+import pallas_kernels
 from hfjax.models import wan
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
@@ -30,7 +31,7 @@ from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.rollout import generate
 from hfjax.streaming.state import init_state
 from hfjax.streaming.stream import sample_keys
-from pallas_kernels import attention
+from pallas_kernels import attention, triton_map
 from pallas_kernels.problem import Inputs
 
 ALLOWED = {"bfloat16": 1e-2, "float32": 1e-5}  # relative error, by norm
@@ -110,6 +111,30 @@ def check_case(name: str, backend: str, dtype: str, seed: int, repeats: int) -> 
   return {"errors": errors, "lse": off, "same_bits": same, "ok": ok}
 
 
+def check_block_map(seed: int) -> dict[str, Any]:
+  """The kernels of the block map against plain JAX, at the streaming size and with less past."""
+  x = draw(STREAM, 0.2, seed=seed)
+  past = pallas_kernels.block_means(x.past_k)
+  states = [0, STREAM.past // 2, STREAM.past]
+  worst, kernel = 0.0, triton_map.unsupported(x.q, 64, x.key_blocks(64)) is None
+  for state in range(len(states)):
+    given = {"past_means": past, "states": states, "state": jnp.array([state])}
+    index, count = (np.asarray(y) for y in pallas_kernels.block_map(x.q, x.k, 0.2, **given))
+    plain = pallas_kernels.block_map(x.q, x.k, 0.2, backend="xla", **given)[0]
+    means = np.concatenate([past, pallas_kernels.block_means(x.k)], axis=2).astype(np.float64)
+    queries = np.asarray(pallas_kernels.block_means(x.q)).astype(np.float64)
+    scores = np.einsum("bhqd,bhnd->bhqn", queries, means)
+    kept = int(count.max())
+    # Blocks that score the same to float32 may be exchanged, so the sums of scores are compared.
+    sums = [
+      np.take_along_axis(scores, np.asarray(i)[..., :kept], axis=-1).sum(-1) for i in (index, plain)
+    ]
+    distinct = all(len(set(row)) == kept for row in index[..., :kept].reshape(-1, kept))
+    off = float(np.abs(sums[0] - sums[1]).max() / np.abs(sums[1]).max())
+    worst = max(worst, off if distinct else float("inf"))
+  return {"off": worst, "kernel": kernel, "ok": worst <= 1e-5}
+
+
 def sample(backend: str, dtype: str, chunks: int = 4) -> np.ndarray:
   """Latents of a small hybrid model whose window fills and whose memory is in use."""
   model = WanConfig(
@@ -168,6 +193,10 @@ def main(argv: list[str] | None = None) -> int:
         bits = "same bits" if row["same_bits"] else "DIFFERENT BITS"
         print(f"{name:11} {case:12} {dtype:9} {errors} lse {row['lse']:.1e} {bits} {verdict}",
               flush=True)  # fmt: skip
+  row = result["block_map"] = check_block_map(seed)
+  well &= row["ok"]
+  print(f"block map by {'kernels' if row['kernel'] else 'plain JAX'}: sums of scores off by "
+        f"{row['off']:.1e} {'ok' if row['ok'] else 'FAIL'}", flush=True)  # fmt: skip
   with jax.default_matmul_precision("highest"):
     exact = sample("xla", "float32")
   plain = error(sample("xla", "bfloat16"), exact)

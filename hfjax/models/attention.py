@@ -159,6 +159,7 @@ class WindowAttention:
       center=g.semantics.center_blocks,
       block_q=g.block,
       block_k=g.block,
+      backend="xla" if self.backend == "xla" else "auto",
     )
     return pallas_kernels.block_sparse_attention(
       q, k, v, index, count, block_q=g.block, block_k=g.block, backend=self.backend, **older

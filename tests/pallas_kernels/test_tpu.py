@@ -88,13 +88,6 @@ def test_heads_one_at_a_time(monkeypatch, races):
   assert len(races) == 2 * 4  # heads, kernels
 
 
-def test_heads_on_two_cores(monkeypatch):
-  case, want = one_sample()
-  two = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=0)
-  monkeypatch.setattr(tpu, "INTERPRETER", two)
-  same(run(*case), want)
-
-
 def test_past_gradients_are_not_computed_unless_wanted():
   (_, inputs, dout), (out, lse, want) = one_sample()
   problem = Problem(SCALE, 8, 16, "tpu", past_gradient=False, interpret=True)

@@ -17,6 +17,7 @@ CASES = ["--backends", "xla", "--repeats", "2", "--seed", "1", "--cases", "short
 def short_rollout(monkeypatch):
   latents = np.ones((1, 2), np.float32)
   monkeypatch.setattr(check_gpu, "sample", lambda backend, dtype: latents)
+  monkeypatch.setattr(check_gpu, "STREAM", kernel_cases.SMALL)
 
 
 def test_lists_are_distinct_ascending_and_end_with_the_ragged_block():
@@ -48,7 +49,7 @@ def test_the_check_passes_what_is_right(tmp_path, capsys):
   out = tmp_path / "check.json"
   assert check_gpu.main([*CASES, "--out", str(out)]) == 0
   assert json.loads(out.read_text())["ok"] is True
-  assert capsys.readouterr().out.count(" ok") == 3  # two dtypes and the rollout
+  assert capsys.readouterr().out.count(" ok") == 4  # two dtypes, block map, rollout
 
 
 @pytest.mark.parametrize("what", ["out", "lse", "dk", "bits"])
