@@ -7,7 +7,7 @@ names them for others. Nothing holds more than one layer of one array.
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,63 +54,101 @@ def open_parts(
   model: name of the only one wanted, or "auto" for all.
   variant: semantics to record; by default what the tensors speak for.
   averaged: take moving averages of weights.
-  Raises CheckpointError with a sentence on whatever cannot be read.
+  What is not wanted, or no model, is left out, also if it cannot be read.
+  Raises CheckpointError with a sentence on whatever is wanted and cannot be read.
   """
-  ours = [p for p in _hfjax_folders(path) if model in ("auto", p.name)]
+  ours = hfjax_models(path)
   if ours:
-    parts = [_open_hfjax(folder) for folder in ours]
-  else:
-    parts, strange = [], []
-    for name, tensors in recognise.groups(path, averaged).items():
-      part = _open_foreign(Path(name), recognise.clean_names(tensors), model, variant)
-      if part is None:
-        strange.append(name)
-      elif model in ("auto", part.kind.name):
-        parts.append(part)
-    if not parts:
-      what = "no model that hfjax knows" if model == "auto" else f"no {model}"
+    if averaged:
       raise CheckpointError(
-        f"{path} holds {what}: its tensors are not named as those of any of {', '.join(KINDS)}."
+        f"{path} is an hfjax folder, which holds no averages beside the weights; leave out --ema, "
+        "or give the trainer's file."
       )
-    if strange:
-      left = f"Left out, as no model of ours: {', '.join(strange)}."
-      parts[0] = dataclasses.replace(parts[0], notes=(*parts[0].notes, left))
-  twice = {p.kind.name for p in parts if sum(q.kind is p.kind for q in parts) > 1}
-  if twice:
-    where = "; ".join(str(p.origin["path"]) for p in parts if p.kind.name in twice)
-    raise CheckpointError(f"{path} holds more than one {sorted(twice)[0]} ({where}); name one.")
+    parts = [_open_hfjax(f, variant) for name, f in ours.items() if model in ("auto", name)]
+    _check_found(path, parts, model, set(ours), {})
+    return parts
+  parts, others, notes = [], set(), []
+  found, failed = recognise.groups(path, averaged)
+  for group in found:
+    try:
+      tensors = recognise.clean_names(group.tensors)
+    except CheckpointError as e:
+      failed[group.path] = e
+      continue
+    known = recognise.recognise(tensors)
+    if known is None:
+      notes.append(f"Left out, as no model of ours: {group.path}.")
+    elif model not in ("auto", known[0].name):
+      others.add(known[0].name)
+    else:
+      parts.append(_open_foreign(group, tensors, *known, variant))
+  for file, error in failed.items():
+    if model == "auto" and _looks_ours(file):
+      raise error
+    notes.append(f"Left out {file.name}: {error}")
+  _check_found(path, parts, model, others, failed)
+  # Trainers put averages into a file of their own; asked for, the other one has failed above.
+  plain = {p.kind.name for p in parts if not p.origin["averaged"]}
+  parts = [p for p in parts if not p.origin["averaged"] or p.kind.name not in plain or averaged]
+  for part in parts:
+    same = [p for p in parts if p.kind is part.kind]
+    if len(same) > 1:
+      where = "; ".join(", ".join(p.origin["files"]) for p in same)
+      raise CheckpointError(f"{path} holds more than one {part.kind.name} ({where}); name one.")
+  parts[0] = dataclasses.replace(parts[0], notes=(*parts[0].notes, *notes))
   return parts
 
 
-def _open_foreign(path: Path, tensors: Tensors, model: str, variant: str | None) -> Part | None:
-  """The model of a set of tensors, checked; None if it is none of ours or not `model`."""
-  known = recognise.recognise(tensors)
-  if known is None or model not in ("auto", known[0].name):
-    return None
-  kind, style = known
-  folder = path.parent
-  cfg_path = folder / "config.json"
+def _looks_ours(file: Path) -> bool:
+  """Whether a file that cannot be read is likely one of a model's."""
+  stems = tuple(kind.stems["original"] for kind in KINDS.values())
+  return file.suffix == ".safetensors" or file.name.startswith(stems)
+
+
+def _check_found(path, parts, model, others, failed):
+  """Raises CheckpointError if nothing that is wanted was found, with what was."""
+  if parts:
+    return
+  if len(failed) == 1 and not others:
+    raise next(iter(failed.values()))
+  what = "no model that hfjax knows" if model == "auto" else f"no {model}"
+  have = f"only {', '.join(sorted(others))}" if others else (
+    f"its tensors are not named as those of any of {', '.join(KINDS)}"
+  )  # fmt: skip
+  reasons = "".join(f" {file.name} could not be read: {e}" for file, e in failed.items())
+  raise CheckpointError(f"{path} holds {what}: {have}.{reasons}")
+
+
+def _open_foreign(
+  group: recognise.Group, tensors: Tensors, kind: Kind, style: str, variant: str | None
+) -> Part:
+  """The model of a set of tensors, checked."""
+  cfg_path = group.path.parent / "config.json"
   # In an original folder, config.json is the transformer's, whatever else lies there.
-  own = style == "diffusers" or path.name.startswith(KINDS["dit"].stems["original"])
+  own = style == "diffusers" or kind.name == "dit"
   cfg = source.read_json(cfg_path) if own and cfg_path.is_file() else {}
   notes: list[str] = []
+  if group.averaged:
+    notes.append(f"{group.path.name}: moving averages of weights ({group.key}) were taken.")
   named: Tensors = recognise.original_names(kind, tensors, style)
   try:
     config = kind.infer({n: t.shape for n, t in named.items()}, cfg, notes)
-  except ValueError as e:
-    raise CheckpointError(f"{path}: {e}") from e
-  config, named, variant = _hybrid(kind, config, named, variant, notes)
-  _compare_config(kind, config, cfg, path)
-  named = kind.prepare(config, named)
-  try:
+    config, named, variant = _hybrid(kind, config, named, variant, notes)
+    named = kind.prepare(config, named)
     kind.table(config).check({n: t.shape for n, t in named.items()})
   except ValueError as e:
-    raise CheckpointError(f"{path}: {e}") from e
-  return Part(kind, config, named, variant, {"path": path.name, "naming": style}, notes)
+    raise CheckpointError(f"{group.path}: {e}") from e
+  origin = {
+    "files": {f.name: f.stat().st_size for f in group.files},
+    "key": group.key,
+    "averaged": group.averaged,
+    "naming": style,
+  }
+  return Part(kind, config, named, variant, origin, notes)
 
 
 def _hybrid(kind, config, tensors, variant, notes):
-  """Decides on the linear branch: there, or wanted and added as zeros (spec section 11.2)."""
+  """Decides on the linear branch: kept, left out, or added as zeros (spec section 11.2)."""
   if kind.name != "dit":
     return config, tensors, None
   if variant is None:
@@ -119,8 +157,15 @@ def _hybrid(kind, config, tensors, variant, notes):
       f"Taken for variant {variant}, as the checkpoint has "
       f"{'a' if config.linear else 'no'} linear branch; --variant says otherwise."
     )
-  if VARIANTS[variant].dense or config.linear:
+  if VARIANTS[variant].dense != config.linear:
     return config, tensors, variant
+  if config.linear:
+    kept = {name: t for name, t in tensors.items() if "linear_proj" not in name}
+    notes.append(
+      f"{len(tensors) - len(kept)} linear_proj tensors were left out, as variant {variant} has no "
+      "linear branch."
+    )
+    return dataclasses.replace(config, linear=False), kept, variant
   config = dataclasses.replace(config, linear=True)
   missing = kind.table(config).shapes.keys() - tensors.keys()
   dtype = next(iter(tensors.values())).dtype
@@ -138,86 +183,89 @@ def constant(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
   return Tensor(shape, dtype, lambda row=None: np.zeros(shape if row is None else shape[1:], dtype))
 
 
-# Keys of config.json, original and Diffusers', and the fields that must agree with them.
-_CHECKED = {
-  "dim": "dim", "ffn_dim": "ffn_dim", "num_layers": "layers", "num_heads": "heads",
-  "num_attention_heads": "heads", "in_dim": "in_dim", "in_channels": "in_dim",
-  "out_dim": "out_dim", "out_channels": "out_dim", "text_dim": "text_dim",
-  "freq_dim": "freq_dim", "z_dim": "z_dim", "base_dim": "dim", "d_model": "dim", "d_ff": "dim_ffn",
-  "vocab_size": "vocab",
-}  # fmt: skip
-
-
-def _compare_config(kind: Kind, config: Any, cfg: Mapping[str, Any], path: Path):
-  wrong = [
-    f"{key} {cfg[key]} against {getattr(config, field)}"
-    for key, field in _CHECKED.items()
-    if key in cfg and hasattr(config, field) and cfg[key] != getattr(config, field)
-  ]
-  if wrong:
-    raise CheckpointError(
-      f"{path.parent / 'config.json'} and the tensors disagree ({'; '.join(wrong)}): they are of "
-      f"different {kind.name} models, so bring the two together."
-    )
-
-
 # ---- hfjax folders ----
 
 
-def _hfjax_folders(path: Path) -> list[Path]:
-  """Folders of hfjax models at `path`: itself, or below it."""
-  if not path.is_dir():
-    return []
+def hfjax_models(path: Path) -> dict[str, Path]:
+  """Folders of hfjax models by name: `path` itself, or below it."""
   candidates = (path, *(path / name for name in KINDS))
-  return [p for p in candidates if is_hfjax(p)]
+  return {read_config(p)[0].name: p for p in candidates if _is_hfjax(p)}
 
 
-def is_hfjax(folder: Path) -> bool:
-  """Whether a folder holds one model in hfjax's format."""
+def _is_hfjax(folder: Path) -> bool:
   config = folder / "config.json"
   return config.is_file() and source.read_json(config).get("format") == FORMAT
 
 
 def read_config(folder: Path) -> tuple[Kind, Any, dict[str, Any]]:
   """Model, architecture and the whole of config.json of an hfjax folder."""
-  info = source.read_json(folder / "config.json")
-  kind = KINDS.get(info.get("model", ""))
-  if info.get("format") != FORMAT or kind is None:
+  path = folder / "config.json"
+  info = source.read_json(path)
+  name, fields = info.get("model"), info.get("architecture", {})
+  if info.get("format") != FORMAT or not isinstance(name, str) or name not in KINDS:
     raise CheckpointError(
       f"{folder} is no hfjax model of format {FORMAT}; convert it with tools/convert_checkpoint.py."
     )
-  fields = {
-    k: tuple(v) if isinstance(v, list) else v for k, v in info.get("architecture", {}).items()
-  }
+  kind = KINDS[name]
+  hashes, dtypes = info.get("hashes", {}), info.setdefault("dtypes", {})
+  rows = (fields, info.setdefault("origin", {}), hashes, dtypes)
+  variants = [*VARIANTS] if name == "dit" else [None]
+  if (
+    not all(isinstance(row, dict) for row in rows)
+    or any(code not in source.DTYPES for code in map(str, dtypes.values()))
+    or any(Path(file).name != file for file in hashes)
+    or info.get("variant") not in variants
+  ):
+    raise CheckpointError(
+      f"{path} is damaged, in its architecture, variant, origin, hashes or dtypes; convert anew."
+    )
   try:
-    return kind, kind.config(**fields), info
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return kind, kind.config(**values), info
   except (TypeError, ValueError) as e:
-    raise CheckpointError(f"{folder / 'config.json'} describes no {kind.name}: {e}") from e
+    raise CheckpointError(f"{path} describes no {name}: {e}") from e
 
 
-def _open_hfjax(folder: Path) -> Part:
+def verify(folder: Path):
+  """Raises CheckpointError unless the weights of an hfjax folder have the hashes it records."""
+  hashes = read_config(folder)[2]["hashes"]
+  files = {file.name for file in source.shards(folder, STEM)}
+  for name in sorted(files | hashes.keys()):
+    digest = None
+    if name in files:
+      with (folder / name).open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != hashes.get(name):
+      raise CheckpointError(
+        f"{folder / name} is not the file that was written here, by its SHA-256 in config.json; "
+        "convert or copy it anew."
+      )
+
+
+def _open_hfjax(folder: Path, variant: str | None) -> Part:
   kind, config, info = read_config(folder)
+  verify(folder)
   arrays = our_arrays(folder, kind, config)
   table = kind.table(config)
   tensors: dict[str, Tensor] = {}
   for leaf in table.leaves:
-    for i in range(table.layers if leaf.is_layered else 1):
-      for n, name in enumerate(leaf.sources):
-        full = name.format(i=i)
-        dtype = arrays[leaf.path].dtype
-        mixed = info.get("dtypes", {}).get(full)
-        tensors[full] = Tensor(
-          table.shapes[full],
-          source.DTYPES[mixed] if mixed else dtype,
-          _part_reader(table, leaf, arrays[leaf.path], i if leaf.is_layered else None, n, mixed),
-        )
-  return Part(kind, config, tensors, info.get("variant"), {**info.get("origin", {})})
+    array = arrays[leaf.path]
+    for i, names in enumerate(table.names_of(leaf)):
+      for n, name in enumerate(names):
+        code = info["dtypes"].get(name)
+        dtype = source.DTYPES[code] if code else array.dtype
+        layer = i if leaf.is_layered else None
+        read = _part_reader(table, leaf, array, layer, n, dtype)
+        tensors[name] = Tensor(table.shapes[name], dtype, read)
+  notes: list[str] = []
+  variant = variant or info.get("variant")
+  config, named, variant = _hybrid(kind, config, tensors, variant, notes)
+  return Part(kind, config, named, variant, {**info["origin"]}, notes)
 
 
-def _part_reader(table, leaf, array, layer, number, mixed):
+def _part_reader(table, leaf, array, layer, number, dtype):
   def read(row=None):
-    x = table.part(leaf, array.read(layer))[number]
-    x = x.astype(source.DTYPES[mixed]) if mixed else x
+    x = table.part(leaf, array.read(layer))[number].astype(dtype, copy=False)
     return x if row is None else x[row]
 
   return read
@@ -256,45 +304,55 @@ def entries(part: Part, to: str, cast: str | None) -> tuple[list[write.Entry], d
       named = {rename(name): tensor for name, tensor in part.tensors.items()}
     except KeyError as e:
       raise CheckpointError(f"{part.kind.name} has no {to} naming (for {e}).") from e
-    return [_entry(name, t, dtype or t.dtype) for name, t in named.items()], {}
+    return [_entry(n, t, dtype or t.dtype) for n, t in named.items()], {}
+  codes = {v: k for k, v in source.DTYPES.items()}
   rows, mixed = [], {}
   for leaf in table.leaves:
-    names = [s.format(i=i) for i in range(_layers(table, leaf)) for s in leaf.sources]
+    names = [n for layer in table.names_of(leaf) for n in layer]
     kept = {part.tensors[n].dtype for n in names}
-    wide = next(iter(kept)) if len(kept) == 1 else np.dtype(np.float32)
-    if len(kept) > 1 and dtype is None:
-      # float64 alone would not survive, and no published model has any.
-      codes = {v: k for k, v in source.DTYPES.items()}
-      mixed.update({n: codes[part.tensors[n].dtype] for n in names})
-    rows.append(
-      write.Entry(
-        leaf.path, table.our_shapes[leaf.path], dtype or wide, _pieces(part, table, leaf, wide)
-      )
-    )
+    wide = kept.pop()
+    if kept:
+      # Holds every number of all of them.
+      is_double = np.dtype(np.float64) in {wide, *kept}
+      wide = np.dtype(np.float64 if is_double else np.float32)
+      if dtype is None:
+        mixed.update({n: codes[part.tensors[n].dtype] for n in names})
+    pieces = _pieces(part, table, leaf, dtype or wide)
+    rows.append(write.Entry(leaf.path, table.our_shapes[leaf.path], dtype or wide, pieces))
   return rows, mixed
 
 
 def _entry(name: str, tensor: Tensor, dtype: np.dtype) -> write.Entry:
-  return write.Entry(name, tensor.shape, dtype, lambda: iter([_read(tensor, name)]))
-
-
-def _layers(table: Table, leaf: Leaf) -> int:
-  return table.layers if leaf.is_layered else 1
+  return write.Entry(
+    name, tensor.shape, dtype, lambda: iter([_cast(_read(tensor, name), dtype, name)])
+  )
 
 
 def _pieces(part: Part, table: Table, leaf: Leaf, dtype: np.dtype):
-  def pieces() -> Iterator[np.ndarray]:
-    for i in range(_layers(table, leaf)):
-      names = [s.format(i=i) for s in leaf.sources]
-      yield table.join(leaf, [_read(part.tensors[n], n).astype(dtype, copy=False) for n in names])
+  def read(name: str) -> np.ndarray:
+    return _cast(_read(part.tensors[name], name), dtype, name)
 
-  return pieces
+  return lambda: table.layers_of(leaf, read)
+
+
+def _cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+  """In another dtype; CheckpointError if that makes numbers infinite."""
+  if x.dtype == dtype:
+    return x
+  with np.errstate(over="ignore"):
+    y = x.astype(dtype)
+  bad = count_not_finite(y)
+  if bad:
+    raise CheckpointError(
+      f"The tensor {name} holds {bad} numbers that are too large for {dtype}; leave out --dtype."
+    )
+  return y
 
 
 def _read(tensor: Tensor, name: str) -> np.ndarray:
   """The tensor; CheckpointError if it holds NaN or infinity."""
   x = tensor.read()
-  bad = _count_not_finite(x)
+  bad = count_not_finite(x)
   if bad:
     raise CheckpointError(
       f"The tensor {name} holds {bad} numbers that are NaN or infinite; the checkpoint is damaged, "
@@ -303,10 +361,11 @@ def _read(tensor: Tensor, name: str) -> np.ndarray:
   return x
 
 
-def _count_not_finite(x: np.ndarray) -> int:
+def count_not_finite(x: np.ndarray) -> int:
+  """How many numbers are NaN or infinite."""
   if x.dtype == CASTS["bf16"]:  # by its exponent: isfinite converts, which takes ten times as long
     return int(((x.view(np.uint16) & 0x7F80) == 0x7F80).sum())
-  return 0 if x.dtype.kind in "iub" else int(x.size - np.isfinite(x).sum())
+  return int(x.size - np.isfinite(x).sum())
 
 
 def write_part(
@@ -336,7 +395,7 @@ def write_part(
 def folder_hash(folder: Path) -> str:
   """One SHA-256 for all weights of an hfjax folder, from those that its config.json records."""
   _, _, info = read_config(folder)
-  text = "\n".join(f"{k} {v}" for k, v in sorted(info.get("hashes", {}).items()))
+  text = "\n".join(f"{k} {v}" for k, v in sorted(info["hashes"].items()))
   return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -348,8 +407,9 @@ def part_folder(kind: Kind, to: str) -> str:
 TOKENIZER = Path("google", "umt5-xxl")
 
 
-def copy_tokenizer(path: Path, folder: Path):
-  """Takes the tokenizer's files along, if the source has them."""
-  for found in (path / TOKENIZER, path / "tokenizer"):
-    if found.is_dir() and not (folder / TOKENIZER).exists():
-      shutil.copytree(found, folder / TOKENIZER)
+def copy_tokenizer(path: Path, folder: Path, to: str):
+  """Takes the tokenizer's files along, if the source has them, to where `to` has them."""
+  target = folder / ("tokenizer" if to == "diffusers" else TOKENIZER)
+  found = next((p for p in (path / TOKENIZER, path / "tokenizer") if p.is_dir()), None)
+  if found:
+    shutil.copytree(found, target)

@@ -1,11 +1,13 @@
 """The diffusion transformer: name table, and its architecture from a published configuration."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from hfjax.convert import told
 from hfjax.convert.table import Leaf, Table, linear, vector
 from hfjax.models import wan
 from hfjax.models.presets import WanConfig
@@ -132,52 +134,53 @@ def to_original(config: WanConfig, params: Mapping[str, Any]) -> dict[str, np.nd
   return table(config).to_original(params)
 
 
+_WHAT = "transformer"
+_KEYS = {
+  "dim": "dim", "added_kv_proj_dim": "dim", "ffn_dim": "ffn_dim", "num_heads": "heads",
+  "num_attention_heads": "heads", "num_layers": "layers", "in_dim": "in_dim",
+  "in_channels": "in_dim", "out_dim": "out_dim", "out_channels": "out_dim", "text_dim": "text_dim",
+  "text_len": "text_len", "freq_dim": "freq_dim", "image_dim": "image_dim", "eps": "eps",
+}  # fmt: skip
+_ONLY = {
+  "qk_norm": (True, "rms_norm_across_heads"),
+  "cross_attn_norm": (True,),
+  "model_type": ("t2v", "i2v"),
+}
+
+
+def told_by(cfg: Mapping[str, Any]) -> told.Told:
+  """What an original or a Diffusers config.json tells of the architecture.
+
+  Raises ValueError on an architecture that hfjax does not have.
+  """
+  name = cfg.get("_class_name", "WanModel")
+  if not isinstance(name, str) or not re.fullmatch(r"\w*Wan\w*Model", name):
+    raise ValueError(f"The configuration is of a {name}; give that of a Wan transformer.")
+  found = told.read(_WHAT, cfg, _KEYS, _ONLY)
+  heads, head_dim = cfg.get("num_attention_heads"), cfg.get("attention_head_dim")
+  if isinstance(heads, int) and isinstance(head_dim, int):
+    key = f"num_attention_heads {heads} times attention_head_dim"
+    told.add(_WHAT, found, "dim", key, heads * head_dim)
+  if (patch := cfg.get("patch_size")) is not None:
+    if not isinstance(patch, (list, tuple)) or len(patch) != 3 or patch[0] != 1:
+      raise ValueError(f"The patch is {patch}; hfjax takes (1, rows, columns), one frame deep.")
+    found["patch"] = ("patch_size", tuple(patch[1:]))
+  if cfg.get("model_type") == "t2v":
+    told.add(_WHAT, found, "image_dim", "image width with model_type t2v", 0)
+  return found
+
+
 def config_from_original(cfg: Mapping[str, Any], linear: bool) -> WanConfig:
   """Architecture from the keys of an original `config.json`.
 
   linear: whether the checkpoint has the hybrid projection.
   Raises ValueError on a missing key or an architecture that hfjax does not have.
   """
-  need = (
-    "dim",
-    "ffn_dim",
-    "num_heads",
-    "num_layers",
-    "in_dim",
-    "out_dim",
-    "text_dim",
-    "text_len",
-    "freq_dim",
-    "patch_size",
-  )
-  missing = [k for k in need if k not in cfg]
-  if missing:
-    raise ValueError(
-      f"The model's configuration lacks {', '.join(missing)}; give a Wan config.json."
-    )
-  if not cfg.get("qk_norm", True) or not cfg.get("cross_attn_norm", True):
-    raise ValueError(
-      "The model has no query/key norm or no cross-attention norm; every published Wan "
-      "model has both, and hfjax supports only these."
-    )
-  patch = tuple(cfg["patch_size"])
-  if len(patch) != 3 or patch[0] != 1:
-    raise ValueError(f"The patch is {patch}; hfjax takes (1, rows, columns), one frame deep.")
-  return WanConfig(
-    dim=cfg["dim"],
-    ffn_dim=cfg["ffn_dim"],
-    heads=cfg["num_heads"],
-    layers=cfg["num_layers"],
-    in_dim=cfg["in_dim"],
-    out_dim=cfg["out_dim"],
-    text_dim=cfg["text_dim"],
-    text_len=cfg["text_len"],
-    freq_dim=cfg["freq_dim"],
-    patch=patch[1:],
-    image_dim=1280 if cfg.get("model_type") == "i2v" else 0,
-    linear=linear,
-    eps=cfg.get("eps", 1e-6),
-  )
+  need = ("dim", "ffn_dim", "heads", "layers", "in_dim", "out_dim", "text_dim", "text_len")
+  values = told.values(_WHAT, told_by(cfg), *need, "freq_dim", "patch")
+  if cfg.get("model_type") == "i2v":
+    values.setdefault("image_dim", 1280)
+  return WanConfig(**values, linear=linear)
 
 
 def published_config(config: WanConfig, style: str) -> dict[str, Any]:

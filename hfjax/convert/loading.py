@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hfjax.convert import checkpoint
+from hfjax.convert import checkpoint, write
+from hfjax.convert.registry import KINDS
 from hfjax.convert.source import CheckpointError, Tensor
 
 # What a repository of weights holds that conversion reads.
@@ -29,6 +30,7 @@ def load(
   model: str = "dit",
   sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
   dtype: Any = None,
+  verify: bool = False,
 ) -> Loaded:
   """One model of a local folder or file, or of a repository of the Hugging Face Hub.
 
@@ -37,27 +39,44 @@ def load(
 
   model: "dit", "vae", "umt5" or "taehv".
   sharding: where an array goes, from its path ("blocks/ffn_in/kernel") and shape; the first device
-    by default. dtype: of the parameters; as stored by default.
+    by default. dtype: of the parameters, "bf16" as in the converter or any floating one; as stored
+    by default. verify: hold the files of an hfjax folder against the hashes that it records, which
+    reads them once more.
 
   Raises CheckpointError with a sentence if there is nothing to load.
   """
+  if model not in KINDS:
+    raise CheckpointError(f"There is no model {model!r}; load one of {', '.join(KINDS)}.")
   path = Path(path_or_hub_id)
   if not path.exists():
     path = _download(str(path_or_hub_id))
   place = sharding or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-  for folder in (path, path / model):
-    if folder.is_dir() and checkpoint.is_hfjax(folder):
-      kind, config, info = checkpoint.read_config(folder)
-      if kind.name == model:
-        arrays = checkpoint.our_arrays(folder, kind, config)
-        mapped = {name: _map(tensor) for name, tensor in arrays.items()}
-        return Loaded(config, _put(mapped, place, dtype), info.get("variant"))
-  parts = [p for p in checkpoint.open_parts(path, model) if p.kind.name == model]
-  if not parts:
-    raise CheckpointError(f"{path} holds no {model}; give a checkpoint that does.")
-  part, table = parts[0], parts[0].table
-  folded = {leaf.path: _fold(part, table, leaf) for leaf in table.leaves}
+  dtype = _dtype(dtype)
+  folder = checkpoint.hfjax_models(path).get(model)
+  if folder:
+    if verify:
+      checkpoint.verify(folder)
+    kind, config, info = checkpoint.read_config(folder)
+    arrays = checkpoint.our_arrays(folder, kind, config)
+    mapped = {name: _map(tensor) for name, tensor in arrays.items()}
+    return Loaded(config, _put(mapped, place, dtype), info.get("variant"))
+  part = checkpoint.open_parts(path, model)[0]
+  rows, _ = checkpoint.entries(part, "hfjax", None)
+  folded = {entry.name: _fold(entry) for entry in rows}
   return Loaded(part.config, _put(folded, place, dtype), part.variant)
+
+
+def _dtype(dtype: Any) -> np.dtype | None:
+  """As numpy has it; CheckpointError if it is no floating one."""
+  if dtype is None:
+    return None
+  try:
+    found = np.dtype(checkpoint.CASTS.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+  except TypeError:
+    found = np.dtype(np.int8)
+  if not jax.numpy.issubdtype(found, np.floating):
+    raise CheckpointError(f"Parameters cannot be {dtype!r}; give bf16, float32 or float16.")
+  return found
 
 
 def _map(tensor: Tensor) -> Callable[[], np.ndarray]:
@@ -69,13 +88,14 @@ def _map(tensor: Tensor) -> Callable[[], np.ndarray]:
   return read
 
 
-def _fold(part, table, leaf) -> Callable[[], np.ndarray]:
+def _fold(entry: write.Entry) -> Callable[[], np.ndarray]:
   def read() -> np.ndarray:
-    layers = [
-      table.join(leaf, [part.tensors[s.format(i=i)].read() for s in leaf.sources])
-      for i in range(table.layers if leaf.is_layered else 1)
-    ]
-    return np.stack(layers) if leaf.is_layered else layers[0]
+    array = np.empty(entry.shape, entry.dtype)
+    flat, at = array.reshape(-1), 0
+    for piece in entry.pieces():
+      flat[at : at + piece.size] = piece.reshape(-1)
+      at += piece.size
+    return array
 
   return read
 
@@ -114,6 +134,7 @@ def _download(name: str) -> Path:
   except Exception as e:
     reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
     raise CheckpointError(
-      f"{name} is not here and could not be downloaded ({reason}). On a machine with access, run "
+      f"There is no file or folder {name} here, and as a repository of the Hub it could not be "
+      f"downloaded ({reason}). On a machine with access, run "
       f"'hf download {name} --local-dir DIR', bring DIR here, and give its path."
     ) from e

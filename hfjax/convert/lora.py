@@ -4,15 +4,15 @@ An update of a weight W of rank r is `strength * alpha / r * up @ down`; without
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hfjax.convert import source
-from hfjax.convert.checkpoint import Part
+from hfjax.convert.checkpoint import Part, count_not_finite
 from hfjax.convert.source import CheckpointError, Tensor, Tensors
 
 # Ends of names: Diffusers' and PEFT's A and B, original down and up; alpha; whole differences.
@@ -25,9 +25,13 @@ _PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.", 
 
 
 def parse(text: str) -> tuple[Path, float]:
-  """File and strength of `FILE[@STRENGTH]`; CheckpointError if the strength is no number."""
-  match = re.fullmatch(r"(.*\.safetensors)(?:@(.*))?", text)
-  path, strength = (match[1], match[2] or "1") if match else (text, "1")
+  """File and strength of `FILE[@STRENGTH]`; CheckpointError if it is anything else."""
+  match = re.fullmatch(r"(.*\.safetensors)(?:@(.*))?", text, re.DOTALL)
+  if match is None:
+    raise CheckpointError(
+      f"{text!r} names no safetensors file; give FILE.safetensors or FILE.safetensors@STRENGTH."
+    )
+  path, strength = match[1], "1" if match[2] is None else match[2]
   try:
     value = float(strength)
   except ValueError:
@@ -45,8 +49,6 @@ def merge(parts: Sequence[Part], path: Path, strength: float = 1.0) -> list[Part
   target = next((p for p in parts if p.kind.name == "dit"), None)
   if target is None:
     raise CheckpointError(f"{path} updates a transformer, and the checkpoint holds none.")
-  if not path.is_file():
-    raise CheckpointError(f"{path} is not there; give a safetensors file of low-rank updates.")
   updates = _collect(path, source.read_safetensors(path), target)
   tensors = dict(target.tensors)
   for name, update in updates.items():
@@ -70,15 +72,22 @@ def _collect(path: Path, tensors: Tensors, part: Part) -> dict[str, dict[str, Te
     for alias in (module, part.table.diffusers_name(name).rpartition(".")[0]):
       known[alias] = known[alias.replace(".", "_")] = module
   updates: dict[str, dict[str, Tensor]] = {}
-  strange = []
+  strange, twice = [], []
   for name, tensor in tensors.items():
     end = next((e for e in _ENDS if name.endswith(e)), None)
     module = known.get(_bare(name.removesuffix(end or "")), "")
     weight = f"{module}.{'bias' if end == '.diff_b' else 'weight'}"
     if end is None or weight not in part.tensors:
       strange.append(name)
+    elif _ENDS[end] in updates.setdefault(weight, {}):
+      twice.append(name)
     else:
-      updates.setdefault(weight, {})[_ENDS[end]] = tensor
+      updates[weight][_ENDS[end]] = tensor
+  if twice:
+    raise CheckpointError(
+      f"{path} updates weights twice, under several names: {', '.join(sorted(twice)[:20])}; keep "
+      "one of each."
+    )
   if strange or not updates:
     shown = ", ".join(sorted(strange)[:20]) or "nothing"
     raise CheckpointError(
@@ -99,37 +108,44 @@ def _bare(name: str) -> str:
 def _merged(
   name: str, weight: Tensor, update: dict[str, Tensor], strength: float, path: Path
 ) -> Tensor:
-  if "diff" in update or "diff_b" in update:
-    difference = update.get("diff", update.get("diff_b"))
-    shapes = [difference.shape] if difference else []
-    fits = shapes == [weight.shape]
-  elif {"up", "down"} <= update.keys():
-    up, down = update["up"], update["down"]
+  shapes = {k: t.shape for k, t in update.items()}
+  if shapes.keys() in ({"diff"}, {"diff_b"}):
+    fits = weight.shape in shapes.values()
+  elif shapes.keys() - {"alpha"} == {"up", "down"}:
+    up, down = shapes["up"], shapes["down"]
     fits = (
-      len(up.shape) == len(down.shape) == 2
-      and up.shape[1] == down.shape[0]
-      and int(np.prod(weight.shape)) == up.shape[0] * down.shape[1]
-      and up.shape[0] == weight.shape[0]
+      len(up) == len(down) == 2
+      and up[1] == down[0] > 0
+      and (up[0], down[1]) == (weight.shape[0], math.prod(weight.shape[1:]))
+      and math.prod(shapes.get("alpha", ())) == 1
     )
-    shapes = [up.shape, down.shape]
   else:
-    fits, shapes = False, [t.shape for t in update.values()]
+    fits = False
   if not fits:
+    has = ", ".join(f"{k} {list(s)}" for k, s in sorted(shapes.items()))
     raise CheckpointError(
-      f"{path} updates {name} of shape {list(weight.shape)} with {[list(s) for s in shapes]}, "
-      "which does not fit; it is of another model."
+      f"{path} updates {name} of shape {list(weight.shape)} with {has}, which does not fit: an "
+      "update is up and down, with one alpha or none, or a whole difference."
     )
 
   def read(row: int | None = None) -> np.ndarray:
-    x: Any = weight.read().astype(np.float32)
+    x = weight.read()
+    was_finite = not count_not_finite(x)
     parts = {k: t.read().astype(np.float32) for k, t in update.items()}
-    if "up" in parts:
-      rank = parts["down"].shape[0]
-      alpha = float(parts["alpha"].reshape(-1)[0]) if "alpha" in parts else rank
-      x = x + strength * alpha / rank * (parts["up"] @ parts["down"]).reshape(x.shape)
-    else:
-      x = x + strength * next(iter(parts.values()))
-    x = x.astype(weight.dtype)
+    with np.errstate(all="ignore"):  # what comes of it is looked at below
+      if "up" in parts:
+        rank = parts["down"].shape[0]
+        alpha = float(parts["alpha"].item()) if "alpha" in parts else rank
+        change = strength * alpha / rank * (parts["up"] @ parts["down"]).reshape(x.shape)
+      else:
+        change = strength * next(iter(parts.values()))
+      x = (x.astype(np.float32) + change).astype(weight.dtype)
+    bad = count_not_finite(x)
+    if bad and was_finite:
+      raise CheckpointError(
+        f"{path} at strength {strength:g} makes {bad} numbers of {name} NaN or infinite; it is "
+        "damaged, or the strength too large."
+      )
     return x if row is None else x[row]
 
   return Tensor(weight.shape, weight.dtype, read)

@@ -8,6 +8,7 @@ from typing import Any
 from hfjax.convert import dit, taehv, umt5, vae
 from hfjax.convert.source import CheckpointError, Tensor, Tensors
 from hfjax.convert.table import Table
+from hfjax.convert.told import check
 from hfjax.models.presets import WanConfig
 from hfjax.models.taehv import TAEHV, TaehvConfig
 from hfjax.models.umt5 import Umt5Config
@@ -49,61 +50,88 @@ class Kind:
 
 def _infer_dit(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> WanConfig:
   """Architecture of a transformer (spec section 11.1)."""
+  pattern = r"blocks\.[0-9]+\.self_attn\.linear_proj\.weight"
+  hybrid = next((n for n in shapes if re.fullmatch(pattern, n)), None)
   need(shapes, {
     "patch_embedding.weight": 5, "text_embedding.0.weight": 2, "time_embedding.0.weight": 2,
-    "blocks.0.ffn.0.weight": 2, "head.head.weight": 2,
+    "blocks.0.ffn.0.weight": 2, "head.head.weight": 2, **({hybrid: 2} if hybrid else {}),
   })  # fmt: skip
   dim, in_dim, _, *patch = shapes["patch_embedding.weight"]
-  hybrid = shapes.get("blocks.0.self_attn.linear_proj.weight")
-  heads = cfg.get("num_heads", cfg.get("num_attention_heads"))
-  if hybrid is not None:
-    heads = dim // hybrid[0]
-  elif heads is None:
+  told = dit.told_by(cfg)
+  values = {field: value for field, (_, value) in told.items()}
+  image_dim = shapes.get("img_emb.proj.0.weight", (0,))[0]
+  if cfg.get("model_type") == "i2v" and not image_dim:
+    raise ValueError(
+      "config.json is of an image-to-video model, and the tensors of none (img_emb)."
+    )
+  if hybrid:
+    heads = dim // shapes[hybrid][0]
+  elif "heads" in values:
+    heads = values["heads"]
+  elif dim % _HEAD_DIM:
+    raise ValueError(
+      f"Nothing tells the number of heads of a transformer {dim} wide; put its config.json beside "
+      "it."
+    )
+  else:
     heads = dim // _HEAD_DIM
     say.append(f"Nothing tells the number of heads; taken to be {heads}, of {_HEAD_DIM} channels.")
-  return WanConfig(
+  config = WanConfig(
     dim=dim,
     ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
     heads=heads,
-    layers=count(shapes, r"blocks\.(\d+)\."),
+    layers=count(shapes, r"blocks\.([0-9]{1,9})\."),
     in_dim=in_dim,
     out_dim=shapes["head.head.weight"][0] // (patch[0] * patch[1]),
     text_dim=shapes["text_embedding.0.weight"][1],
-    text_len=cfg.get("text_len", 512),
     freq_dim=shapes["time_embedding.0.weight"][1],
     patch=(patch[0], patch[1]),
-    image_dim=shapes.get("img_emb.proj.0.weight", (0,))[0],
+    image_dim=image_dim,
     linear=hybrid is not None,
-    eps=cfg.get("eps", 1e-6),
+    **{k: values[k] for k in ("text_len", "eps") if k in values},
   )
+  check("transformer", told, config)
+  return config
 
 
 def need(shapes: Shapes, ranks: Mapping[str, int]):
-  """Raises CheckpointError unless the tensors that tell the architecture are there."""
+  """Raises CheckpointError unless the tensors that tell the architecture are there, not empty."""
   for name, rank in ranks.items():
-    if len(shapes.get(name, ())) != rank:
-      have = f"has shape {list(shapes[name])}" if name in shapes else "is missing"
+    shape = shapes.get(name, ())
+    if len(shape) != rank or 0 in shape:
+      have = f"has shape {list(shape)}" if name in shapes else "is missing"
       raise CheckpointError(
-        f"The tensor {name}, which tells the architecture, {have}; it must have {rank} axes. The "
-        "checkpoint is incomplete or of another model."
+        f"The tensor {name}, which tells the architecture, {have}; it must have {rank} axes, none "
+        "of them empty. The checkpoint is incomplete or of another model."
       )
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-  """One more than the largest number that `pattern` finds in the names."""
-  return max((int(m[1]) for n in shapes if (m := re.match(pattern, n))), default=-1) + 1
+  """One more than the largest number that `pattern` finds in the names.
+
+  Raises CheckpointError if that is more than there are tensors.
+  """
+  found = max((int(m[1]) for n in shapes if (m := re.match(pattern, n))), default=-1) + 1
+  if found > len(shapes):
+    raise CheckpointError(
+      f"The checkpoint has {len(shapes)} tensors, and one of block {found - 1}; it is damaged."
+    )
+  return found
 
 
 def _infer_vae(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> VaeConfig:
   """Architecture of the autoencoder: from its configuration, else Wan 2.1's at other widths."""
   need(shapes, {"encoder.conv1.weight": 5, "conv2.weight": 5})
-  dim, z_dim = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
-  if "latents_mean" in cfg:
-    return vae.config_from_original(cfg)
-  if z_dim == WAN21.z_dim:
-    return dataclasses.replace(WAN21, dim=dim)
-  say.append(f"Nothing tells the statistics of the {z_dim} latent channels; mean 0, deviation 1.")
-  return VaeConfig(dim, z_dim, (0.0,) * z_dim, (1.0,) * z_dim)
+  told = vae.told_by(cfg)
+  sizes = {"dim": shapes["encoder.conv1.weight"][0], "z_dim": shapes["conv2.weight"][0]}
+  values = {**sizes, **{field: value for field, (_, value) in told.items()}}
+  if "mean" not in values and sizes["z_dim"] != WAN21.z_dim:
+    n = sizes["z_dim"]
+    say.append(f"Nothing tells the statistics of the {n} latent channels; mean 0, deviation 1.")
+    values |= {"mean": (0.0,) * n, "std": (1.0,) * n}
+  config = dataclasses.replace(WAN21, **{**values, **sizes})
+  check("autoencoder", told, config)
+  return config
 
 
 def _vae_config(config: VaeConfig, style: str) -> dict[str, Any] | None:
@@ -132,17 +160,19 @@ def _infer_umt5(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> Umt5C
   }  # fmt: skip
   need(shapes, ranks)
   embedding, q, fc1, position = (shapes[n] for n in ranks)
-  return Umt5Config(
+  told = umt5.told_by(cfg)
+  config = Umt5Config(
     vocab=embedding[0],
     dim=embedding[1],
     dim_attn=q[0],
     dim_ffn=fc1[0],
     heads=position[1],
-    layers=count(shapes, r"blocks\.(\d+)\."),
+    layers=count(shapes, r"blocks\.([0-9]{1,9})\."),
     buckets=position[0],
-    max_distance=cfg.get("relative_attention_max_distance", 128),
-    eps=cfg.get("layer_norm_epsilon", 1e-6),
+    **{k: told[k][1] for k in ("max_distance", "eps") if k in told},
   )
+  check("text encoder", told, config)
+  return config
 
 
 def _umt5_config(config: Umt5Config, style: str) -> dict[str, Any] | None:

@@ -8,7 +8,9 @@ import collections
 import ctypes
 import dataclasses
 import json
+import math
 import mmap
+import os
 import re
 import sys
 import zipfile
@@ -20,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+# What weights may be, by its name in safetensors.
 DTYPES: dict[str, np.dtype] = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
@@ -27,22 +30,27 @@ DTYPES: dict[str, np.dtype] = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
   "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
   "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-  "I64": np.dtype(np.int64),
-  "I32": np.dtype(np.int32),
-  "I16": np.dtype(np.int16),
-  "I8": np.dtype(np.int8),
-  "U8": np.dtype(np.uint8),
-  "BOOL": np.dtype(np.bool_),
 }
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+INDEX = ".safetensors.index.json"
 _DONTNEED = 4  # MADV_DONTNEED of Linux
-_SHARD = re.compile(r"-\d+-of-(\d+)$")
+_SHARD = re.compile(r"-[0-9]+-of-([0-9]+)$")
 # How far wrappers nest in the pickles of trainers.
 _DEPTH = 3
+_MAX_PICKLE = 64 * 2**20  # bytes of the pickle itself; a published one with its names has 0.2 MB
+_SHOWN = 4000  # characters of a sentence
 
 
 class CheckpointError(ValueError):
-  """A checkpoint that cannot be read or written; its text is a sentence for the user."""
+  """A checkpoint that cannot be read or written; its text is a sentence for the user.
+
+  Names come from files of others: control characters are escaped, and long words shortened.
+  """
+
+  def __init__(self, text: str):
+    text = re.sub(r"\S{300,}", lambda m: f"{m[0][:100]}...", text)[:_SHOWN]
+    printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    super().__init__("".join(printable))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +69,26 @@ class Tensor:
   @property
   def nbytes(self) -> int:
     """Size in memory."""
-    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+    return math.prod(self.shape) * self.dtype.itemsize
 
 
 Tensors = Mapping[str, Tensor]
 
 
+def check_file(path: Path):
+  """Raises CheckpointError unless `path` is a file that can be opened."""
+  if not path.is_file():
+    what = "a link to nothing" if path.is_symlink() and not path.exists() else "no file"
+    raise CheckpointError(f"{path} is {what}; give a file of weights.")
+  try:
+    path.open("rb").close()
+  except OSError as e:
+    raise CheckpointError(f"{path} cannot be opened ({e.strerror}).") from e
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
   """Tensors of one file. Raises CheckpointError if it is damaged."""
+  check_file(path)
   try:
     # The library checks the header against the file; it does not tell offsets, so these are read
     # from the header once it is known to be sound.
@@ -77,7 +97,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as f:
       size = int.from_bytes(f.read(8), "little")
       header = json.loads(f.read(size))
-  except (SafetensorError, OSError, ValueError) as e:
+  except (SafetensorError, OSError, ValueError, RecursionError) as e:
     raise CheckpointError(
       f"{path} is no safetensors file that can be read ({e}); it may be truncated, so download it "
       "again."
@@ -87,7 +107,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     entry = header[name]
     if entry["dtype"] not in DTYPES:
       raise CheckpointError(
-        f"{path} holds {name} as {entry['dtype']}; hfjax reads {', '.join(DTYPES)}."
+        f"{path} holds {name} as {entry['dtype']}; weights are {', '.join(DTYPES)}."
       )
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     start = 8 + size + entry["data_offsets"][0]
@@ -98,7 +118,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def _file_reader(path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype):
   def read(row: int | None = None) -> np.ndarray:
     part = shape if row is None else shape[1:]
-    size = int(np.prod(part, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(part) * dtype.itemsize
     data = np.fromfile(path, np.uint8, size, offset=start + (row or 0) * size)
     if data.size != size:
       raise CheckpointError(f"{path} ended while it was read; it was changed or truncated.")
@@ -121,18 +141,23 @@ def read_pickle(path: Path) -> dict[str, Any]:
     ) from e
   import pickle
 
+  check_file(path)
+  _check_archive(path)
   try:
     held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-  except pickle.UnpicklingError as e:
-    raise CheckpointError(
-      f"{path} is a pickle that asks to run code beyond loading weights, which is refused; convert "
-      "it to safetensors where it comes from."
-    ) from e
   except Exception as e:
-    reason = str(e).partition("\n")[0]
+    # PyTorch's own advice on pickles is of no use here.
+    is_pickle = isinstance(e, pickle.UnpicklingError)
+    reason = "its pickle is damaged" if is_pickle else str(e).partition("\n")[0] or "it ended early"
+    # The only words that tell code from damage; PyTorch raises one error for both.
+    if re.search("GLOBAL|via `add_safe_globals`", str(e)):
+      raise CheckpointError(
+        f"{path} is a pickle that asks to run code beyond loading weights, which is refused; "
+        "convert it to safetensors where it comes from."
+      ) from e
     raise CheckpointError(
-      f"{path} is no PyTorch file that can be read ({reason}); files from before PyTorch 1.6 and "
-      "truncated ones are refused."
+      f"{path} is no PyTorch file that can be read ({reason}); it is damaged, or from before "
+      "PyTorch 1.6: download or save it again."
     ) from e
   _check_records(path, held)
   if not isinstance(held, Mapping):
@@ -140,8 +165,30 @@ def read_pickle(path: Path) -> dict[str, Any]:
   return dict(held)
 
 
+def _check_archive(path: Path):
+  """Raises CheckpointError unless a PyTorch file is an archive that unpacks to no more than it is.
+
+  PyTorch writes records as they are, so a compressed one is damage or an attempt to fill memory.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      infos = archive.infolist()
+  except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+    raise CheckpointError(
+      f"{path} is no PyTorch file that can be read ({e}); it is damaged, or from before PyTorch "
+      "1.6: download or save it again."
+    ) from e
+  for info in infos:
+    is_large = info.filename.endswith("data.pkl") and info.file_size > _MAX_PICKLE
+    if info.compress_type != zipfile.ZIP_STORED or is_large:
+      raise CheckpointError(
+        f"{path} is no PyTorch file that can be read (its record {info.filename} is compressed or "
+        "far too large); download it again."
+      )
+
+
 def _check_records(path: Path, held: Any):
-  """Raises CheckpointError unless every storage is a whole record of the archive, uncompressed.
+  """Raises CheckpointError unless every storage is a whole record of the archive.
 
   Mapped storages are not held against their records by PyTorch: one that is too short would be
   filled up with its neighbour's bytes.
@@ -150,25 +197,27 @@ def _check_records(path: Path, held: Any):
 
   with zipfile.ZipFile(path) as archive:
     infos = [i for i in archive.infolist() if "/data/" in f"/{i.filename}"]
-  records = collections.Counter(i.file_size for i in infos if i.compress_type == zipfile.ZIP_STORED)
+  records = collections.Counter(i.file_size for i in infos)
   storages: dict[int, int] = {}
-
-  def collect(value):
+  # Containers may nest deeply, be shared, or hold themselves.
+  todo, seen = [held], set()
+  while todo:
+    value = todo.pop()
+    if id(value) in seen:
+      continue
+    seen.add(id(value))
     if isinstance(value, torch.Tensor):
-      storage = value.untyped_storage()
-      storages[storage.data_ptr()] = storage.nbytes()
+      if value.layout == torch.strided and value.device.type == "cpu":
+        storage = value.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
     elif isinstance(value, Mapping):
-      for inner in value.values():
-        collect(inner)
-    elif isinstance(value, (list, tuple)):
-      for inner in value:
-        collect(inner)
-
-  collect(held)
+      todo.extend(value.values())
+    elif isinstance(value, (list, tuple, set)):
+      todo.extend(value)
   if collections.Counter(n for n in storages.values() if n) - records:
     raise CheckpointError(
-      f"{path} is no PyTorch file that can be read (its records are shorter than its tensors, or "
-      "compressed); download it again."
+      f"{path} is no PyTorch file that can be read (its records are shorter than its tensors); "
+      "download it again."
     )
 
 
@@ -182,6 +231,10 @@ def pickle_tensors(path: Path, held: Mapping[str, Any]) -> dict[str, Tensor]:
       raise CheckpointError(
         f"{path} holds {name} of type {type(value).__name__} among its tensors; give a file of "
         "weights."
+      )
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_neg():
+      raise CheckpointError(
+        f"{path} holds {name} as a sparse tensor, a view or without data; save it as plain numbers."
       )
     key = str(value.dtype).removeprefix("torch.")
     dtype = next((d for d in DTYPES.values() if d.name == key), None)
@@ -219,10 +272,12 @@ def _forget_pages(value: Any):
 
 def nested(held: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
   """Dictionaries of tensors inside a trainer's dictionary, by the path of keys that leads there."""
+  seen: set[int] = set()  # a dictionary may hold itself
 
   def walk(path: str, value: Any, depth: int):
-    if not isinstance(value, Mapping) or not value:
+    if not isinstance(value, Mapping) or id(value) in seen:
       return
+    seen.add(id(value))
     if any(hasattr(v, "dtype") for v in value.values()):
       yield path, value
     elif depth:
@@ -232,37 +287,80 @@ def nested(held: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
   yield from walk("", held, _DEPTH)
 
 
+def stem_of(name: str) -> str | None:
+  """What the files of one set of weights have in common in their names; None for other files."""
+  for end in (INDEX, ".safetensors", *PICKLES):
+    if name.endswith(end):
+      return _SHARD.sub("", name.removesuffix(end))
+  return None
+
+
+def shards(folder: Path, stem: str) -> list[Path]:
+  """`stem.safetensors`, or the files that its index names, or its numbered shards without an index.
+
+  Raises CheckpointError on missing shards, and if there is both a single file and shards.
+  """
+  whole, index = folder / f"{stem}.safetensors", folder / f"{stem}{INDEX}"
+  numbered = sorted(
+    f for f in folder.glob("*.safetensors") if f != whole and _SHARD.sub("", f.stem) == stem
+  )
+  if os.path.lexists(whole) and (numbered or index.is_file()):
+    others = ", ".join(f.name for f in (numbered or [index]))
+    raise CheckpointError(
+      f"{folder} holds {stem} both in one file and in shards ({others}); remove one of them."
+    )
+  if os.path.lexists(whole):
+    return [whole]
+  if index.is_file():
+    names = named_by(index)
+    missing = [n for n in names if not (folder / n).is_file()]
+  else:
+    names = [f.name for f in numbered]
+    total = max((int(m[1]) for f in numbered if (m := _SHARD.search(f.stem))), default=1)
+    missing = [] if len(names) == total else [f"{len(names)} of {total} are there"]
+  if missing:
+    raise CheckpointError(
+      f"{folder} does not hold all shards of {stem} ({', '.join(missing[:20])}); download them "
+      "again."
+    )
+  return [folder / n for n in names]
+
+
+def named_by(index: Path) -> list[str]:
+  """Names of the files that an index names, all beside it; CheckpointError if it is damaged."""
+  return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+  """File by tensor; CheckpointError unless all are names of files beside the index."""
+  named = read_json(index).get("weight_map", {})
+  files = named.values() if isinstance(named, dict) else ()
+  if not files or any(not isinstance(f, str) or Path(f).name != f for f in files):
+    raise CheckpointError(
+      f"{index} does not name files beside it by tensor in its weight_map; download it again."
+    )
+  return named
+
+
 def read_shards(folder: Path, stem: str) -> dict[str, Tensor]:
-  """Tensors of `stem.safetensors`, or of its numbered shards and their index.
+  """Tensors of the files that `shards` finds.
 
   Raises CheckpointError on missing shards or tensors, and on tensors that two shards hold.
   """
-  whole = folder / f"{stem}.safetensors"
-  if whole.is_file():
-    return read_safetensors(whole)
-  files = sorted(f for f in folder.glob("*.safetensors") if _SHARD.sub("", f.stem) == stem)
-  totals = {int(m[1]) for f in files if (m := _SHARD.search(f.stem))}
-  if len(totals) != 1 or len(files) != totals.pop():
-    names = ", ".join(f.name for f in files)
-    raise CheckpointError(
-      f"{folder} does not hold all shards of {stem}, only {names}; download the others again."
-    )
   tensors: dict[str, Tensor] = {}
-  for file in files:
+  for file in shards(folder, stem):
     found = read_safetensors(file)
     twice = sorted(tensors.keys() & found.keys())
     if twice:
       raise CheckpointError(f"{folder} holds {twice[0]} in two shards of {stem}.")
     tensors.update(found)
-  index = folder / f"{stem}.safetensors.index.json"
-  if index.is_file():
-    named = read_json(index).get("weight_map", {})
-    lost = sorted(set(named) - tensors.keys())
-    if lost:
-      raise CheckpointError(
-        f"The shards of {folder / stem} lack {len(lost)} tensors that their index names: "
-        f"{', '.join(lost[:20])}."
-      )
+  index = folder / f"{stem}{INDEX}"
+  lost = sorted(_weight_map(index).keys() - tensors.keys()) if index.is_file() else []
+  if lost:
+    raise CheckpointError(
+      f"The shards of {folder / stem} lack {len(lost)} tensors that their index names: "
+      f"{', '.join(lost[:20])}."
+    )
   return tensors
 
 
@@ -270,8 +368,10 @@ def read_json(path: Path) -> dict[str, Any]:
   """A JSON dictionary; CheckpointError if the file holds none."""
   try:
     value = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
-    raise CheckpointError(f"{path} is no JSON file that can be read ({e}).") from e
+  except (OSError, ValueError, RecursionError) as e:
+    raise CheckpointError(
+      f"{path} is no JSON file that can be read ({e}); download or write it again."
+    ) from e
   if not isinstance(value, dict):
     raise CheckpointError(f"{path} holds no JSON dictionary.")
   return value

@@ -7,7 +7,7 @@ and, read backwards, from ours to the published one.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,8 +91,7 @@ class Table:
     self.check({name: tensor.shape for name, tensor in tensors.items()})
     params: dict[str, Any] = {}
     for leaf in self.leaves:
-      layers = [self.join(leaf, [np.asarray(tensors[s.format(i=i)]) for s in leaf.sources])
-                for i in range(self.layers if leaf.is_layered else 1)]  # fmt: skip
+      layers = list(self.layers_of(leaf, lambda name: np.asarray(tensors[name])))
       _put(params, leaf.path, np.stack(layers) if leaf.is_layered else layers[0])
     return params
 
@@ -101,22 +100,27 @@ class Table:
 
     Works for anything shaped like parameters, such as gradients.
     """
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for leaf in self.leaves:
       array: Any = params
       for key in leaf.path.split("/"):
         array = array[key]
       array = np.asarray(array)
-      for i in range(self.layers if leaf.is_layered else 1):
+      for i, names in enumerate(self.names_of(leaf)):
         parts = self.part(leaf, array[i] if leaf.is_layered else array)
-        for source, tensor in zip(leaf.sources, parts, strict=True):
-          tensors[source.format(i=i)] = tensor
+        tensors.update(zip(names, parts, strict=True))
     return tensors
 
-  def join(self, leaf: Leaf, sources: Sequence[np.ndarray]) -> np.ndarray:
-    """One layer of a leaf from its published tensors."""
-    parts = [self.fold(x, layout) for x, layout in zip(sources, leaf.layouts, strict=True)]
-    return parts[0] if leaf.axis is None else np.stack(parts, axis=leaf.axis)
+  def names_of(self, leaf: Leaf) -> list[list[str]]:
+    """Published tensors of a leaf, layer by layer."""
+    count = self.layers if leaf.is_layered else 1
+    return [[source.format(i=i) for source in leaf.sources] for i in range(count)]
+
+  def layers_of(self, leaf: Leaf, read: Callable[[str], np.ndarray]) -> Iterator[np.ndarray]:
+    """The layers of a leaf, one after the other, from what `read` gives for published names."""
+    for names in self.names_of(leaf):
+      parts = [self.fold(read(n), layout) for n, layout in zip(names, leaf.layouts, strict=True)]
+      yield parts[0] if leaf.axis is None else np.stack(parts, axis=leaf.axis)
 
   def part(self, leaf: Leaf, array: np.ndarray) -> list[np.ndarray]:
     """The published tensors that one layer of a leaf is made of."""

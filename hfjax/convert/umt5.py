@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hfjax.convert import told
 from hfjax.convert.table import Leaf, Table, vector
 from hfjax.models import umt5
 from hfjax.models.umt5 import Umt5Config
@@ -80,57 +81,36 @@ def to_original(config: Umt5Config, params: Mapping[str, Any]) -> dict[str, np.n
   return table(config).to_original(params)
 
 
+_WHAT = "text encoder"
+_KEYS = {
+  "vocab": "vocab", "vocab_size": "vocab", "dim": "dim", "d_model": "dim", "dim_attn": "dim_attn",
+  "dim_ffn": "dim_ffn", "d_ff": "dim_ffn", "num_heads": "heads", "num_layers": "layers",
+  "num_buckets": "buckets", "relative_attention_num_buckets": "buckets",
+  "max_distance": "max_distance", "relative_attention_max_distance": "max_distance",
+  "eps": "eps", "layer_norm_epsilon": "eps",
+}  # fmt: skip
+_ONLY = {"feed_forward_proj": ("gated-gelu",), "model_type": ("umt5",), "shared_pos": (False,)}
+
+
+def told_by(cfg: Mapping[str, Any]) -> told.Told:
+  """What the original encoder's arguments or a Transformers config.json tell.
+
+  Raises ValueError on an architecture that hfjax does not have.
+  """
+  found = told.read(_WHAT, cfg, _KEYS, _ONLY)
+  heads, head_dim = cfg.get("num_heads"), cfg.get("d_kv")
+  if isinstance(heads, int) and isinstance(head_dim, int):
+    told.add(_WHAT, found, "dim_attn", f"num_heads {heads} times d_kv", heads * head_dim)
+  return found
+
+
 def config_from_original(cfg: Mapping[str, Any]) -> Umt5Config:
-  """Architecture from the arguments of the original encoder.
+  """Architecture from the arguments of the original encoder, or from a Transformers config.json.
 
   Raises ValueError on a missing key or an architecture that hfjax does not have.
   """
-  _need(cfg, "vocab", "dim", "dim_attn", "dim_ffn", "num_heads", "num_layers", "num_buckets")
-  if cfg.get("shared_pos", False):
-    raise ValueError(
-      "The text encoder shares one position bias among its layers; UMT5 has one for each layer, "
-      "and hfjax supports only this."
-    )
-  return Umt5Config(
-    vocab=cfg["vocab"],
-    dim=cfg["dim"],
-    dim_attn=cfg["dim_attn"],
-    dim_ffn=cfg["dim_ffn"],
-    heads=cfg["num_heads"],
-    layers=cfg["num_layers"],
-    buckets=cfg["num_buckets"],
-    max_distance=cfg.get("max_distance", 128),
-    eps=cfg.get("eps", 1e-6),
-  )
+  need = ("vocab", "dim", "dim_attn", "dim_ffn", "heads", "layers")
+  return Umt5Config(**told.values(_WHAT, told_by(cfg), *need))
 
 
-def config_from_transformers(cfg: Mapping[str, Any]) -> Umt5Config:
-  """Architecture from the keys of a Transformers `config.json`.
-
-  Raises ValueError on a missing key or an architecture that hfjax does not have.
-  """
-  _need(cfg, "vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
-  if cfg.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
-    raise ValueError(
-      f"The text encoder's feed-forward is {cfg['feed_forward_proj']}; hfjax has gated-gelu only, "
-      "as UMT5."
-    )
-  return Umt5Config(
-    vocab=cfg["vocab_size"],
-    dim=cfg["d_model"],
-    dim_attn=cfg["num_heads"] * cfg["d_kv"],
-    dim_ffn=cfg["d_ff"],
-    heads=cfg["num_heads"],
-    layers=cfg["num_layers"],
-    buckets=cfg.get("relative_attention_num_buckets", 32),
-    max_distance=cfg.get("relative_attention_max_distance", 128),
-    eps=cfg.get("layer_norm_epsilon", 1e-6),
-  )
-
-
-def _need(cfg: Mapping[str, Any], *keys: str):
-  missing = [k for k in keys if k not in cfg]
-  if missing:
-    raise ValueError(
-      f"The text encoder's configuration lacks {', '.join(missing)}; give that of a UMT5 encoder."
-    )
+config_from_transformers = config_from_original

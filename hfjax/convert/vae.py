@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from hfjax.convert import told
 from hfjax.convert.table import Leaf, Table, linear, vector
 from hfjax.models import vae
 from hfjax.models.vae import VaeConfig
@@ -115,43 +116,35 @@ def to_original(config: VaeConfig, params: Mapping[str, Any]) -> dict[str, np.nd
   return table(config).to_original(params)
 
 
-# What hfjax has only one of, by its key in Diffusers' configuration.
-_FIXED = {
-  "attn_scales": (),
-  "is_residual": False,
-  "in_channels": 3,
-  "out_channels": 3,
-  "patch_size": None,
+_WHAT = "autoencoder"
+_KEYS = {
+  "dim": "dim", "base_dim": "dim", "decoder_base_dim": "dim", "z_dim": "z_dim",
+  "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
+  "temperal_downsample": "temporal_downsample", "latents_mean": "mean", "latents_std": "std",
+}  # fmt: skip
+_ONLY = {
+  "_class_name": ("AutoencoderKLWan",),
+  "attn_scales": ((), None),
+  "is_residual": (False, None),
+  "in_channels": (3, None),
+  "out_channels": (3, None),
+  "patch_size": (None,),
 }
+
+
+def told_by(cfg: Mapping[str, Any]) -> told.Told:
+  """What the keys of Wan's class or of Diffusers' `vae/config.json` tell.
+
+  Raises ValueError on an architecture that hfjax does not have.
+  """
+  return told.read(_WHAT, cfg, _KEYS, _ONLY)
 
 
 def config_from_original(cfg: Mapping[str, Any]) -> VaeConfig:
   """Architecture from the keys of Wan's class or of Diffusers' `vae/config.json`.
 
+  The published Wan2.1_VAE.pth has neither: it is `hfjax.models.vae.WAN21`.
   Raises ValueError on a missing key or an architecture that hfjax does not have.
   """
-  cfg = {"dim": cfg.get("base_dim"), **cfg}
-  need = ("z_dim", "dim_mult", "num_res_blocks", "temperal_downsample")
-  missing = [k for k in ("dim", *need, "latents_mean", "latents_std") if cfg.get(k) is None]
-  if missing:
-    raise ValueError(
-      f"The autoencoder's configuration lacks {', '.join(missing)}; give the config.json of a Wan "
-      "autoencoder. The published Wan2.1_VAE.pth has none: use hfjax.models.vae.WAN21."
-    )
-  wanted = {**_FIXED, "decoder_base_dim": cfg["dim"]}
-  for key, want in wanted.items():
-    got = cfg.get(key)
-    got = tuple(got) if isinstance(got, (list, tuple)) else got
-    if got is not None and got != want:
-      raise ValueError(
-        f"The autoencoder has {key} {got}; hfjax has Wan 2.1's architecture, where it is {want}."
-      )
-  return VaeConfig(
-    dim=cfg["dim"],
-    z_dim=cfg["z_dim"],
-    mean=tuple(cfg["latents_mean"]),
-    std=tuple(cfg["latents_std"]),
-    dim_mult=tuple(cfg["dim_mult"]),
-    num_res_blocks=cfg["num_res_blocks"],
-    temporal_downsample=tuple(cfg["temperal_downsample"]),
-  )
+  need = ("dim", "z_dim", "dim_mult", "num_res_blocks", "temporal_downsample", "mean", "std")
+  return VaeConfig(**told.values(_WHAT, told_by(cfg), *need))

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from hfjax.models import checks
+
 Params = Any
 
 
@@ -55,7 +57,10 @@ class Umt5Config:
   eps: float = 1e-6
 
   def __post_init__(self):
-    for name in ("vocab", "dim", "dim_attn", "dim_ffn", "heads", "layers"):
+    sizes = ("vocab", "dim", "dim_attn", "dim_ffn", "heads", "layers")
+    checks.make_integers(self, *sizes, "buckets", "max_distance")
+    checks.check_number("eps", self.eps, 0, 1)
+    for name in sizes:
       if getattr(self, name) < 1:
         raise ValueError(
           f"The text encoder's {name} is {getattr(self, name)}; it must be at least 1."

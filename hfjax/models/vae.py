@@ -11,6 +11,7 @@ Pixels are `[b t y x c]` in [-1, 1], latents `[b f y x c]`, normalised by the la
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import einops
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hfjax.models import clips
+from hfjax.models import checks, clips
 from hfjax.models.clips import PIXEL_CHANNELS, with_past
 
 Params = Any
@@ -58,6 +59,20 @@ class VaeConfig:
   temporal_downsample: tuple[bool, ...] = (False, True, True)
 
   def __post_init__(self):
+    checks.make_integers(self, "dim", "z_dim", "num_res_blocks")
+    for name, kind in (
+      ("mean", (int, float)),
+      ("std", (int, float)),
+      ("dim_mult", int),
+      ("temporal_downsample", bool),
+    ):
+      row = getattr(self, name)
+      if not isinstance(row, tuple) or not all(
+        isinstance(x, kind) and math.isfinite(x) for x in row
+      ):
+        raise ValueError(f"The autoencoder's {name} is {row!r}; give a tuple of finite numbers.")
+    if min(self.dim_mult, default=0) < 1:
+      raise ValueError(f"The autoencoder's dim_mult is {self.dim_mult}; give numbers from 1 on.")
     for name in ("dim", "z_dim", "num_res_blocks"):
       if getattr(self, name) < 1:
         raise ValueError(f"The autoencoder's {name} is {getattr(self, name)}; make it at least 1.")

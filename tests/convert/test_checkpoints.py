@@ -1,71 +1,30 @@
 """Files and folders of transformers, in and out; PyTorch's files are tested with the oracles."""
 
 import dataclasses
-import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from hfjax.convert import CheckpointError, checkpoint, dit, load, lora, write
+from hfjax.convert import CheckpointError, checkpoint, dit, load
 from hfjax.convert.recognise import clean_names
-from tests.helpers import MODEL, random_params
-
-ROOT = Path(__file__).resolve().parents[2]
-HYBRID = dataclasses.replace(MODEL, text_len=512)
-DENSE = dataclasses.replace(HYBRID, linear=False)
-CFG = dit.published_config(HYBRID, "original")
-
-
-def tensors_of(config=HYBRID, dtype=np.float32):
-  params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), random_params(config))
-  return dit.to_original(config, params)
-
-
-TENSORS = tensors_of()
-
-
-def put(folder, tensors=TENSORS, cfg=CFG, name="diffusion_pytorch_model.safetensors"):
-  folder.mkdir(parents=True, exist_ok=True)
-  save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / name)
-  if cfg is not None:
-    (folder / "config.json").write_text(json.dumps(cfg))
-  return folder
-
-
-def convert(*args):
-  """The tool in this process: exit status."""
-  sys.path.insert(0, str(ROOT / "tools"))
-  import convert_checkpoint
-
-  return convert_checkpoint.main([*map(str, args), "--quiet"])
-
-
-def refused(capsys, *args):
-  """Sentence of a conversion that must fail."""
-  assert convert(*args) == 2
-  error = capsys.readouterr().err
-  assert error.startswith("convert_checkpoint: ") and len(error.strip().splitlines()) == 1, error
-  return error
-
-
-def same(a, b):
-  assert a.keys() == b.keys()
-  for k in a:
-    assert a[k].dtype == b[k].dtype and a[k].shape == b[k].shape
-    assert a[k].tobytes() == b[k].tobytes(), k
-
-
-def folders(parent):
-  """What lies in a folder, hidden entries too."""
-  return sorted(p.name for p in parent.iterdir())
+from tests.convert.helpers import (
+  DENSE,
+  HYBRID,
+  ROOT,
+  TENSORS,
+  convert,
+  flat,
+  put,
+  refused,
+  same,
+  tensors_of,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
@@ -87,52 +46,6 @@ def test_every_format_leads_to_every_other_bit_for_bit(tmp_path, config, dtype):
   same(*(load_file(tmp_path / n / "dit" / "model.safetensors") for n in ("hfjax", "again")))
   same(load_file(tmp_path / "hfjax" / "dit" / "model.safetensors"),
        flat(dit.from_original(config, tensors)))  # fmt: skip
-
-
-def flat(tree):
-  paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {"/".join(k.key for k in p): np.asarray(x) for p, x in paths}
-
-
-def test_dtypes_that_differ_within_an_array_survive(tmp_path):
-  """A stacked array takes the wider dtype, and the way back knows what each tensor was."""
-  tensors = dict(TENSORS)
-  for name in ("blocks.0.self_attn.k.weight", "blocks.1.ffn.0.weight", "blocks.1.ffn.0.bias"):
-    tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
-  put(tmp_path / "wan", tensors)
-  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
-  ours = load_file(tmp_path / "ours" / "dit" / "model.safetensors")
-  assert ours["blocks/self_attn/qkv/kernel"].dtype == np.float32
-  assert convert(tmp_path / "ours", tmp_path / "back", "--to", "original") == 0
-  same(load_file(tmp_path / "back" / "diffusion_pytorch_model.safetensors"), tensors)
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("bf16", ml_dtypes.bfloat16), ("float32", np.float32)])
-def test_dtype_on_request(tmp_path, name, dtype):
-  put(tmp_path / "wan", tensors_of(dtype=np.float32 if name == "bf16" else np.float16))
-  assert convert(tmp_path / "wan", tmp_path / "ours", "--dtype", name) == 0
-  ours = load_file(tmp_path / "ours" / "dit" / "model.safetensors")
-  assert {x.dtype for x in ours.values()} == {np.dtype(dtype)}
-  want = flat(dit.from_original(HYBRID, TENSORS))
-  for k in want:
-    np.testing.assert_allclose(ours[k].astype(np.float32), want[k], rtol=0.01, atol=1e-3)
-
-
-def test_the_record_beside_the_weights(tmp_path, capsys):
-  put(tmp_path / "wan")
-  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
-  folder = tmp_path / "ours" / "dit"
-  info = json.loads((folder / "config.json").read_text())
-  assert info["format"] == "hfjax-1" and info["model"] == "dit"
-  assert info["architecture"] == json.loads(json.dumps(dataclasses.asdict(HYBRID)))
-  assert info["variant"] == "reference_infer" and info["origin"]["naming"] == "original"
-  import hashlib
-
-  digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-  assert info["hashes"] == {"model.safetensors": digest}
-  assert "Taken for variant reference_infer" in capsys.readouterr().out
-  assert len(checkpoint.folder_hash(folder)) == 64
-  assert folders(tmp_path) == ["ours", "wan"]
 
 
 PREFIXES = ["", "model.", "model.diffusion_model.", "diffusion_model.", "module.model.",
@@ -168,6 +81,37 @@ def test_heads_without_a_config_are_said(tmp_path, capsys):
   assert checkpoint.read_config(tmp_path / "ours" / "dit")[1] == wide
 
 
+def test_a_narrow_model_needs_a_config(tmp_path, capsys):
+  put(tmp_path / "wan", tensors_of(DENSE), cfg=None)
+  error = refused(capsys, tmp_path / "wan", tmp_path / "ours")
+  assert "the number of heads of a transformer 32 wide; put its config.json beside it" in error
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model", "wan", "model"])
+def test_heads_come_from_the_config_whatever_the_file_is_called(tmp_path, capsys, name):
+  four = dataclasses.replace(DENSE, dim=256, heads=4)
+  cfg = dit.published_config(four, "original")
+  put(tmp_path / "wan", tensors_of(four), cfg, f"{name}.safetensors")
+  assert checkpoint.open_parts(tmp_path / "wan")[0].config == four
+  put(tmp_path / "wan", tensors_of(four), {**cfg, "num_layers": 30}, f"{name}.safetensors")
+  assert "num_layers 30 against 2" in refused(capsys, tmp_path / "wan", tmp_path / "ours")
+
+
+def test_the_linear_branch_is_seen_in_any_block(tmp_path, capsys):
+  tensors = {k: v for k, v in TENSORS.items() if k != "blocks.0.self_attn.linear_proj.weight"}
+  put(tmp_path / "wan", tensors)
+  error = refused(capsys, tmp_path / "wan", tmp_path / "ours")
+  assert "1 missing tensor: blocks.0.self_attn.linear_proj.weight" in error
+
+
+def test_one_name_without_the_prefix_is_named(tmp_path, capsys):
+  named = {f"model.{k}": v for k, v in TENSORS.items()}
+  put(tmp_path / "wan", {**named, "extra": np.ones(1, np.float32)})
+  assert "1 unexpected tensor: extra" in refused(capsys, tmp_path / "wan", tmp_path / "ours")
+  put(tmp_path / "wan", {**named, "head.head.bias": TENSORS["head.head.bias"]})
+  assert "head.head.bias twice" in refused(capsys, tmp_path / "wan", tmp_path / "ours")
+
+
 def test_a_missing_linear_branch_is_added_as_zeros_where_wanted(tmp_path, capsys):
   put(tmp_path / "wan", tensors_of(DENSE))
   assert convert(tmp_path / "wan", tmp_path / "dense") == 0
@@ -180,269 +124,26 @@ def test_a_missing_linear_branch_is_added_as_zeros_where_wanted(tmp_path, capsys
   assert not np.any(hybrid.params["blocks"]["self_attn"]["linear_proj"]["kernel"])
 
 
-def test_shards_are_written_and_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(
-    write.write_shards, "__defaults__", (write.write_shards.__defaults__[0], 9000)
-  )
+def test_variants_of_what_was_converted_may_be_changed(tmp_path, capsys):
   put(tmp_path / "wan")
   assert convert(tmp_path / "wan", tmp_path / "ours") == 0
-  shards = sorted(tmp_path.glob("ours/dit/model-*-of-*.safetensors"))
-  assert len(shards) > 3
-  info = json.loads((tmp_path / "ours" / "dit" / "config.json").read_text())
-  assert info["hashes"].keys() == {s.name for s in shards}
-  assert convert(tmp_path / "ours", tmp_path / "back", "--to", "original") == 0
-  pieces = sorted((tmp_path / "back").glob("*.safetensors"))
-  assert len(pieces) > 3
-  found = {}
-  for piece in pieces:
-    found |= load_file(piece)
-  same(found, TENSORS)
-  index = tmp_path / "back" / "diffusion_pytorch_model.safetensors.index.json"
-  assert set(json.loads(index.read_text())["weight_map"]) == set(TENSORS)
-  pieces[1].unlink()
-  with pytest.raises(CheckpointError, match="does not hold all shards"):
-    checkpoint.open_parts(tmp_path / "back")
+  assert convert(tmp_path / "ours", tmp_path / "paper", "--variant", "paper") == 0
+  assert load(tmp_path / "paper").variant == "paper"
+  capsys.readouterr()
+  for source in ("wan", "ours"):
+    target = tmp_path / f"{source}_dense"
+    assert convert(tmp_path / source, target, "--variant", "reference_dense") == 0
+    assert "4 linear_proj tensors were left out" in capsys.readouterr().out
+    assert load(target).config == DENSE
+  assert convert(tmp_path / "ours_dense", tmp_path / "again", "--variant", "paper") == 0
+  assert "4 linear_proj tensors were set to zero" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("style", ["original", "diffusers", "kohya"])
-def test_low_rank_updates_are_merged(tmp_path, style):
-  r = np.random.default_rng(0)
-  up, down = (r.normal(size=s).astype(np.float32) for s in ((32, 4), (4, 32)))
-  name = {
-    "original": "diffusion_model.blocks.1.self_attn.q.{}",
-    "diffusers": "transformer.blocks.1.attn1.to_q.{}",
-    "kohya": "lora_unet_blocks_1_self_attn_q.{}",
-  }[style]
-  ends = ("lora_A.weight", "lora_B.weight") if style == "diffusers" else (
-    "lora_down.weight", "lora_up.weight")  # fmt: skip
-  update = {name.format(ends[0]): down, name.format(ends[1]): up}
-  scale = 0.5
-  if style != "diffusers":
-    update[name.format("alpha")] = np.array(2.0, np.float32)
-    scale *= 2 / 4
-  save_file(update, tmp_path / "lora.safetensors")
-  put(tmp_path / "wan")
-  args = ("--lora", f"{tmp_path / 'lora.safetensors'}@0.5", "--to", "original")
-  assert convert(tmp_path / "wan", tmp_path / "merged", *args) == 0
-  merged = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
-  key = "blocks.1.self_attn.q.weight"
-  np.testing.assert_allclose(merged[key], TENSORS[key] + scale * (up @ down), atol=1e-6)
-  same(
-    {k: v for k, v in merged.items() if k != key}, {k: v for k, v in TENSORS.items() if k != key}
-  )
-
-
-@pytest.mark.parametrize(
-  ("update", "sentence"),
-  [
-    ({"blocks.0.other.lora_A.weight": (4, 32)}, "1 tensors that update no weight"),
-    ({"blocks.0.ffn.0.lora_A.weight": (4, 32), "blocks.0.ffn.0.lora_B.weight": (32, 4)},
-     r"blocks.0.ffn.0.weight of shape \[48, 32\] with \[\[32, 4\], \[4, 32\]\]"),
-    ({"blocks.0.ffn.0.lora_A.weight": (4, 32)}, "does not fit"),
-    ({}, "update no weight of this transformer: nothing"),
-  ],
-)  # fmt: skip
-def test_updates_that_do_not_fit_are_refused(tmp_path, update, sentence):
-  save_file({k: np.zeros(s, np.float32) for k, s in update.items()}, tmp_path / "l.safetensors")
-  parts = checkpoint.open_parts(put(tmp_path / "wan"))
-  with pytest.raises(CheckpointError, match=sentence):
-    lora.merge(parts, tmp_path / "l.safetensors")
-
-
-def drop(n):
-  return lambda t: [t.pop(k) for k in sorted(k for k in t if "blocks.1." in k)[:n]]
-
-
-@pytest.mark.parametrize(
-  ("change", "sentence"),
-  [
-    (lambda t: t.pop("blocks.1.norm3.bias"), "1 missing tensor: blocks.1.norm3.bias"),
-    (lambda t: t.update({"blocks.0.new": np.ones(1, np.float32)}), "1 unexpected tensor"),
-    (lambda t: t.update({"blocks.0.norm3.bias": np.ones(5, np.float32)}), "misshapen"),
-    (drop(25), "25 missing tensors: .* and 5 more"),
-    (lambda t: t.pop("blocks.1.self_attn.linear_proj.bias"), "missing tensor: blocks.1"),
-    (lambda t: t.pop("head.head.weight"), "head.weight, which tells the arch"),
-    (lambda t: t["head.head.bias"].__setitem__(3, np.nan), "head.bias holds 1 numbers"),
-    (lambda t: t["blocks.0.ffn.0.weight"].__setitem__(0, np.inf), "holds 32 numbers"),
-  ],
-)  # fmt: skip
-def test_damaged_weights_are_refused_and_nothing_is_written(tmp_path, capsys, change, sentence):
-  tensors = {k: v.copy() for k, v in TENSORS.items()}
-  change(tensors)
-  put(tmp_path / "wan", tensors)
-  error = refused(capsys, tmp_path / "wan", tmp_path / "ours")
-  assert re.search(sentence, error), error
-  assert folders(tmp_path) == ["wan"]
-
-
-def test_nan_in_half_precision_is_seen(tmp_path, capsys):
-  tensors = tensors_of(dtype=ml_dtypes.bfloat16)
-  tensors["patch_embedding.bias"][0] = float("nan")
-  put(tmp_path / "wan", tensors)
-  assert "patch_embedding.bias holds 1" in refused(capsys, tmp_path / "wan", tmp_path / "ours")
-
-
-@pytest.mark.parametrize(
-  ("key", "value", "sentence"),
-  [("dim", 64, "dim 64 against 32"), ("num_layers", 30, "num_layers 30 against 2"),
-   ("num_heads", 4, "num_heads 4 against 2")],
-)  # fmt: skip
-def test_a_config_of_another_model_is_refused(tmp_path, capsys, key, value, sentence):
-  put(tmp_path / "wan", cfg={**CFG, key: value})
-  error = refused(capsys, tmp_path / "wan", tmp_path / "ours")
-  assert sentence in error and "disagree" in error
-
-
-def corrupt(data, how):
-  size = int.from_bytes(data[:8], "little")
-  header = json.loads(data[8 : 8 + size])
-  name = sorted(k for k in header if k != "__metadata__")[0]
-  if how == "truncated":
-    return data[:-100]
-  if how == "short":
-    return data[:5]
-  if how == "no json":
-    return data[:8] + b"x" * size + data[8 + size :]
-  if how == "huge header":
-    return (2**62).to_bytes(8, "little") + data[8:]
-  if how == "offsets":
-    header[name]["data_offsets"][1] += 4
-  if how == "shape":
-    header[name]["shape"] = [10**6, 10**6]
-  if how == "dtype":
-    header[name]["dtype"] = "F9"
-  if how == "negative":
-    header[name]["data_offsets"][0] = -8
-  text = json.dumps(header).encode()
-  return len(text).to_bytes(8, "little") + text + data[8 + size :]
-
-
-KINDS_OF_DAMAGE = ["truncated", "short", "no json", "huge header", "offsets", "shape", "dtype",
-                   "negative"]  # fmt: skip
-
-
-@pytest.mark.parametrize("how", KINDS_OF_DAMAGE)
-def test_lying_and_truncated_files_are_refused(tmp_path, capsys, how):
-  file = put(tmp_path / "wan") / "diffusion_pytorch_model.safetensors"
-  file.write_bytes(corrupt(file.read_bytes(), how))
-  assert "can be read" in refused(capsys, tmp_path / "wan", tmp_path / "ours")
-  assert folders(tmp_path) == ["wan"]
-
-
-def test_random_damage_never_gives_a_traceback(tmp_path):
-  """Either a sentence, or weights of the same shapes (a bit of the data may have flipped)."""
-  file = put(tmp_path / "wan") / "diffusion_pytorch_model.safetensors"
-  data, r = file.read_bytes(), np.random.default_rng(0)
-  for _ in range(150):
-    broken = bytearray(data)
-    for at in r.integers(0, r.choice([8, 400, len(data)]), r.integers(1, 4)):
-      broken[at] = r.integers(256)
-    file.write_bytes(bytes(broken[: r.integers(1, len(broken))] if r.random() < 0.2 else broken))
-    try:
-      parts = checkpoint.open_parts(tmp_path / "wan")
-      for tensor in parts[0].tensors.values():
-        assert tensor.read().shape == tensor.shape
-    except CheckpointError:
-      pass
-
-
-def test_sources_without_weights_are_refused(tmp_path, capsys):
-  (tmp_path / "empty").mkdir()
-  (tmp_path / "text.txt").write_text("no weights")
-  put(tmp_path / "other", {"layer.weight": np.ones((2, 2), np.float32)}, None)
-  for source, sentence in (
-    ("none", "is not there"), ("empty", "holds no weights"), ("text.txt", "neither safetensors"),
-    ("other", "no model that hfjax knows"),
-  ):  # fmt: skip
-    assert sentence in refused(capsys, tmp_path / source, tmp_path / "ours")
-  put(tmp_path / "two")
-  put(tmp_path / "two", cfg=None, name="copy.safetensors")
-  assert "more than one dit" in refused(capsys, tmp_path / "two", tmp_path / "ours")
-  (tmp_path / "wan").mkdir()
-  put(tmp_path / "wan")
-  (tmp_path / "wan" / "config.json").write_text("{")
-  assert "no JSON file" in refused(capsys, tmp_path / "wan", tmp_path / "ours")
-
-
-def test_existing_folders_are_kept_unless_told_otherwise(tmp_path, capsys):
-  put(tmp_path / "wan")
-  target = tmp_path / "ours"
-  assert convert(tmp_path / "wan", target) == 0
-  (target / "notes.txt").write_text("mine")
-  before = (target / "dit" / "config.json").read_text()
-  assert "is there already" in refused(capsys, tmp_path / "wan", target)
-  assert convert(tmp_path / "wan", target, "--overwrite", "--dtype", "bf16") == 0
-  assert (target / "dit" / "config.json").read_text() != before
-  assert (target / "notes.txt").read_text() == "mine"  # other entries stay
-  (tmp_path / "file").write_text("")
-  assert "is a file" in refused(capsys, tmp_path / "wan", tmp_path / "file")
-  assert folders(tmp_path) == ["file", "ours", "wan"]
-
-
-def test_an_interrupted_run_leaves_the_target_as_it_was(tmp_path, monkeypatch, capsys):
-  put(tmp_path / "wan")
-  target = tmp_path / "ours"
-  assert convert(tmp_path / "wan", target) == 0
-  before = {p: p.read_bytes() for p in target.rglob("*") if p.is_file()}
-  calls = []
-
-  def interrupt(tensor, name):
-    calls.append(name)
-    if len(calls) > 20:
-      raise KeyboardInterrupt
-    return tensor.read()
-
-  monkeypatch.setattr(checkpoint, "_read", interrupt)
-  assert convert(tmp_path / "wan", target, "--overwrite", "--dtype", "bf16") == 130
-  assert "as it was" in capsys.readouterr().err
-  assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == before
-  assert folders(tmp_path) == ["ours", "wan"]
-
-
-def test_a_process_that_is_asked_to_end_leaves_nothing_behind(tmp_path):
-  put(tmp_path / "wan")
-  slow = (
-    "import sys, time, runpy; from hfjax.convert import write; plain = write.write_shards\n"
-    "def wait(*args, **kwargs):\n"
-    "  print('writing', flush=True); time.sleep(60); return plain(*args, **kwargs)\n"
-    "write.write_shards = wait; tool = sys.argv.pop(1)\n"
-    "runpy.run_path(tool, run_name='__main__')"
-  )
-  run = subprocess.Popen(
-    [sys.executable, "-c", slow, ROOT / "tools" / "convert_checkpoint.py", tmp_path / "wan",
-     tmp_path / "ours", "--quiet"],
-    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  while "writing" not in (line := run.stdout.readline()):
-    assert line, run.stderr.read()
-  run.terminate()
-  _, error = run.communicate(timeout=60)
-  assert run.returncode == 130 and "as it was" in error, error
-  assert folders(tmp_path) == ["wan"]
-
-
-def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch, capsys):
-  put(tmp_path / "wan")
-  usage = type("Usage", (), {"free": 1000})
-  monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage)
-  assert "0.00 GB are free; make room" in refused(capsys, tmp_path / "wan", tmp_path / "ours")
-  assert folders(tmp_path) == ["wan"]
-
-
-def test_a_damaged_hfjax_folder_is_refused(tmp_path):
+def test_averages_are_not_made_up(tmp_path, capsys):
   put(tmp_path / "wan")
   assert convert(tmp_path / "wan", tmp_path / "ours") == 0
-  config = tmp_path / "ours" / "dit" / "config.json"
-  info = json.loads(config.read_text())
-  for change, sentence in (
-    ({"architecture": {**info["architecture"], "layers": 3}}, "does not fit its config.json"),
-    ({"architecture": {**info["architecture"], "size": 3}}, "describes no dit"),
-    ({"architecture": {**info["architecture"], "heads": 3}}, "describes no dit"),
-    ({"model": "gan"}, "is no hfjax model"),
-  ):
-    config.write_text(json.dumps({**info, **change}))
-    with pytest.raises(CheckpointError, match=sentence):
-      load(tmp_path / "ours" / "dit")
+  for source in ("wan", "wan/diffusion_pytorch_model.safetensors", "ours", "ours/dit"):
+    assert "leave out --ema" in refused(capsys, tmp_path / source, tmp_path / "x", "--ema")
 
 
 def test_loading_from_any_format(tmp_path):
@@ -467,12 +168,58 @@ def test_loading_from_any_format(tmp_path):
     load("nothing here")
 
 
+def test_loading_says_what_there_is(tmp_path):
+  put(tmp_path / "wan")
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+  for path in ("wan", "ours", "ours/dit"):
+    with pytest.raises(CheckpointError, match="holds no umt5: only dit"):
+      load(tmp_path / path, "umt5")
+  with pytest.raises(CheckpointError, match="no model 'foo'; load one of dit"):
+    load(tmp_path / "wan", "foo")
+
+
+def test_dtypes_of_parameters(tmp_path):
+  put(tmp_path / "wan")
+  half = load(tmp_path / "wan", dtype="bf16").params
+  assert {x.dtype for x in jax.tree.leaves(half)} == {np.dtype(ml_dtypes.bfloat16)}
+  for dtype in ("int8", "much"):
+    with pytest.raises(CheckpointError, match=f"cannot be '{dtype}'"):
+      load(tmp_path / "wan", dtype=dtype)
+
+
+def test_mixed_dtypes_load_as_they_convert(tmp_path):
+  """Layers of one array in dtypes that hold different numbers."""
+  kinds = (np.float16, ml_dtypes.bfloat16)
+  put(tmp_path / "wan", {k: v.astype(kinds["blocks.0" in k]) for k, v in TENSORS.items()})
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+  one, two = load(tmp_path / "wan").params, load(tmp_path / "ours").params
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+  assert one["blocks"]["ffn_in"]["kernel"].dtype == two["blocks"]["ffn_in"]["kernel"].dtype == "f4"
+
+
+def test_hashes_are_held_against_the_files(tmp_path, capsys):
+  put(tmp_path / "wan")
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+  load(tmp_path / "ours", verify=True)
+  file = tmp_path / "ours" / "dit" / "model.safetensors"
+  data = bytearray(file.read_bytes())
+  data[-3] ^= 1
+  file.write_bytes(data)
+  load(tmp_path / "ours")
+  with pytest.raises(CheckpointError, match="not the file that was written here"):
+    load(tmp_path / "ours", verify=True)
+  error = refused(capsys, tmp_path / "ours", tmp_path / "back", "--to", "original")
+  assert "by its SHA-256" in error
+
+
 def test_loading_from_the_hub_needs_a_network(monkeypatch):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   import huggingface_hub.constants
 
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-  with pytest.raises(CheckpointError, match="hf download owner/model --local-dir DIR"):
+  with pytest.raises(
+    CheckpointError, match="no file or folder owner/model here, .* 'hf download owner/model"
+  ):
     load("owner/model")
 
 
@@ -513,10 +260,3 @@ def test_eight_devices_give_the_numbers_of_one(tmp_path):
     env={**os.environ, "PYTHONPATH": str(ROOT)},
   )  # fmt: skip
   assert run.stdout.strip() == "ok", run.stderr
-
-
-def test_strengths_of_updates():
-  assert lora.parse("a.safetensors") == (Path("a.safetensors"), 1.0)
-  assert lora.parse("x@y/a.safetensors@-0.5") == (Path("x@y/a.safetensors"), -0.5)
-  with pytest.raises(CheckpointError, match="strength 'much' of a.safetensors is no number"):
-    lora.parse("a.safetensors@much")

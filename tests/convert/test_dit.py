@@ -105,8 +105,14 @@ def test_architecture_from_a_published_config():
 @pytest.mark.parametrize(
   ("change", "sentence"),
   [
-    ({"dim": None, "num_heads": None}, "lacks dim, num_heads"),
-    ({"qk_norm": False}, "no query/key norm"),
+    ({"dim": None, "num_heads": None}, "does not tell dim, heads"),
+    ({"qk_norm": False}, "has qk_norm False; .* where it is True"),
+    ({"cross_attn_norm": False}, "has cross_attn_norm False"),
+    ({"model_type": "vace"}, "model_type 'vace'; .* 't2v' or 'i2v'"),
+    ({"_class_name": "FluxTransformer2DModel"}, "is of a FluxTransformer2DModel"),
+    ({"in_channels": 36}, "contradicts itself: in_dim is 16, and in_channels 36"),
+    ({"num_attention_heads": 12, "attention_head_dim": 64}, "attention_head_dim 768"),
+    ({"eps": float("nan")}, "eps is nan; it must be a number"),
     ({"patch_size": [2, 2, 2]}, "one frame deep"),
   ],
 )

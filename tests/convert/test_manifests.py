@@ -10,7 +10,7 @@ import pytest
 from hfjax.convert import checkpoint, load
 from hfjax.convert.recognise import original_name
 from hfjax.convert.registry import KINDS
-from tests.convert.test_checkpoints import convert
+from tests.convert.helpers import convert
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "manifests"
 # Tied to shared.weight; a file may hold it as well.

@@ -8,12 +8,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from hfjax.convert import CheckpointError, checkpoint, load
+from hfjax.convert.recognise import original_name
 from hfjax.convert.registry import KINDS
-from hfjax.models.presets import WanConfig
 from hfjax.models.taehv import TAEHV
 from hfjax.models.umt5 import Umt5Config
 from hfjax.models.vae import WAN21
-from tests.convert.test_checkpoints import DENSE, convert, flat, put, refused, same
+from tests.convert.helpers import DENSE, convert, flat, put, refused, same
 
 CONFIGS = {
   "dit": DENSE,
@@ -51,7 +51,8 @@ def test_a_whole_original_folder_goes_everywhere_and_back(tmp_path, capsys):
     ("again", "back", "original"),
   ):  # fmt: skip
     assert convert(tmp_path / source, tmp_path / target, "--to", to) == 0, capsys.readouterr().err
-    assert (tmp_path / target / "google" / "umt5-xxl" / "tokenizer.json").is_file()
+    tokenizer = "tokenizer" if to == "diffusers" else "google/umt5-xxl"
+    assert (tmp_path / target / tokenizer / "tokenizer.json").is_file()
   for name in PIPELINE:
     stem = KINDS[name].stems["original"]
     same(load_file(tmp_path / "back" / f"{stem}.safetensors"), TENSORS[name])
@@ -65,11 +66,24 @@ def test_a_whole_original_folder_goes_everywhere_and_back(tmp_path, capsys):
 def test_one_model_of_many(tmp_path, capsys):
   wan_folder(tmp_path / "wan")
   assert convert(tmp_path / "wan", tmp_path / "ours", "--model", "vae") == 0
-  assert [p.name for p in checkpoint._hfjax_folders(tmp_path / "ours")] == ["vae"]
+  assert [*checkpoint.hfjax_models(tmp_path / "ours")] == ["vae"]
   # Another one is added to it, and the first stays.
   assert convert(tmp_path / "wan", tmp_path / "ours", "--model", "dit", "--overwrite") == 0
-  assert sorted(p.name for p in checkpoint._hfjax_folders(tmp_path / "ours")) == ["dit", "vae"]
-  assert "holds no taehv" in refused(capsys, tmp_path / "wan", tmp_path / "x", "--model", "taehv")
+  assert sorted(checkpoint.hfjax_models(tmp_path / "ours")) == ["dit", "vae"]
+  error = refused(capsys, tmp_path / "wan", tmp_path / "x", "--model", "taehv")
+  assert "holds no taehv: only dit, umt5, vae" in error
+
+
+def test_what_is_not_wanted_may_be_unreadable(tmp_path, capsys):
+  wan_folder(tmp_path / "wan")
+  (tmp_path / "wan" / "training_args.bin").write_bytes(b"no weights")
+  assert convert(tmp_path / "wan", tmp_path / "all") == 0
+  assert "Left out training_args.bin" in capsys.readouterr().out
+  (tmp_path / "wan" / "Wan2.1_VAE.safetensors").write_bytes(b"damaged")
+  assert convert(tmp_path / "wan", tmp_path / "one", "--model", "dit") == 0
+  assert "Wan2.1_VAE" in refused(capsys, tmp_path / "wan", tmp_path / "x")
+  error = refused(capsys, tmp_path / "wan", tmp_path / "x", "--model", "vae")
+  assert "holds no vae: only dit, umt5. Wan2.1_VAE.safetensors could not be read" in error
 
 
 def test_the_tiny_autoencoder_takes_the_last_frames_of_larger_ones(tmp_path, capsys):
@@ -101,6 +115,38 @@ def test_tied_embeddings_may_come_under_either_name(tmp_path):
     same({k: t.read() for k, t in part.tensors.items()}, TENSORS["umt5"])
 
 
+def test_tied_embeddings_that_differ_are_refused(tmp_path, capsys):
+  kind, config = KINDS["umt5"], CONFIGS["umt5"]
+  theirs = {kind.table(config).diffusers_name(k): v for k, v in TENSORS["umt5"].items()}
+  theirs["encoder.embed_tokens.weight"] = theirs["shared.weight"].copy()
+  theirs["encoder.embed_tokens.weight"][-1, -1] += 1
+  put(tmp_path / "t5", theirs, kind.published(config, "diffusers"), "model.safetensors")
+  error = refused(capsys, tmp_path / "t5", tmp_path / "ours")
+  assert "token_embedding.weight under two names with different numbers" in error
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "sentence"),
+  [
+    ("dit", {"attention_head_dim": 128}, "attention_head_dim 256 against 32"),
+    ("dit", {"image_dim": 1280}, "image_dim 1280 against 0"),
+    ("dit", {"patch_size": [1, 4, 4]}, "patch_size"),
+    ("dit", {"qk_norm": None}, "qk_norm None"),
+    ("vae", {"base_dim": 96}, "base_dim 96 against 4"),
+    ("vae", {"_class_name": "AutoencoderKL"}, "_class_name 'AutoencoderKL'"),
+    ("umt5", {"d_kv": 8}, "d_kv 32 against 24"),
+    ("umt5", {"relative_attention_num_buckets": 64}, "buckets 64 against 32"),
+    ("umt5", {"feed_forward_proj": "relu"}, "feed_forward_proj 'relu'"),
+  ],
+)
+def test_configurations_of_pipelines_are_held_against_the_tensors(tmp_path, name, change, sentence):
+  kind, config = KINDS[name], CONFIGS[name]
+  theirs = {kind.table(config).diffusers_name(k): v for k, v in TENSORS[name].items()}
+  put(tmp_path / "x", theirs, {**kind.published(config, "diffusers"), **change})
+  with pytest.raises(CheckpointError, match=sentence):
+    checkpoint.open_parts(tmp_path / "x")
+
+
 def test_latent_statistics_come_from_the_configuration(tmp_path):
   config = dataclasses.replace(CONFIGS["vae"], z_dim=2, mean=(0.5, 1.0), std=(2.0, 3.0))
   shapes = KINDS["vae"].table(config).shapes
@@ -122,11 +168,8 @@ def test_a_low_rank_update_needs_a_transformer(tmp_path):
     lora.merge(checkpoint.open_parts(tmp_path / "tiny"), tmp_path / "l.safetensors")
 
 
-def test_every_model_has_a_table_of_its_own_shapes():
-  assert isinstance(CONFIGS["dit"], WanConfig)
-  for name, kind in KINDS.items():
-    table = kind.table(CONFIGS[name])
-    assert {leaf.path for leaf in table.leaves} == set(table.our_shapes)
-    if kind.names:
-      theirs = {table.diffusers_name(n) for n in table.shapes}
-      assert len(theirs) == len(table.shapes)
+@pytest.mark.parametrize("name", PIPELINE)
+def test_names_of_pipelines_lead_back(name):
+  table = KINDS[name].table(CONFIGS[name])
+  theirs = [table.diffusers_name(n) for n in table.shapes]
+  assert [original_name(name, n) for n in theirs] == list(table.shapes)

@@ -124,13 +124,16 @@ def test_architecture_from_a_published_config():
 @pytest.mark.parametrize(
   ("read", "cfg", "sentence"),
   [
-    (names.config_from_original, {"dim": 3}, "lacks vocab, dim_attn, dim_ffn, num_heads"),
-    (names.config_from_original, ORIGINAL | {"shared_pos": True}, "one position bias among"),
-    (names.config_from_transformers, {}, "lacks vocab_size, d_model, d_kv"),
+    (names.config_from_original, {"dim": 3}, "does not tell vocab, dim_attn, dim_ffn, heads"),
+    (names.config_from_original, ORIGINAL | {"shared_pos": True}, "has shared_pos True"),
+    (names.config_from_transformers, {}, "does not tell vocab, dim, dim_attn"),
+    (names.config_from_transformers, TRANSFORMERS | {"model_type": "bert"}, "model_type 'bert'"),
+    (names.config_from_transformers, TRANSFORMERS | {"layer_norm_epsilon": "a"}, "eps is 'a'"),
+    (names.config_from_transformers, TRANSFORMERS | {"num_layers": 2.5}, "layers is 2.5"),
     (
       names.config_from_transformers,
       TRANSFORMERS | {"feed_forward_proj": "relu"},
-      "feed-forward is relu; hfjax has gated-gelu only",
+      "feed_forward_proj 'relu'; .* where it is 'gated-gelu'",
     ),
   ],
 )

@@ -135,11 +135,17 @@ def test_the_published_configurations(cfg):
 @pytest.mark.parametrize(
   ("change", "sentence"),
   [
-    ({"dim": None}, "lacks dim; .* Wan2.1_VAE.pth has none: use .*WAN21"),
-    ({"z_dim": None, "latents_std": None}, "lacks z_dim, latents_std"),
-    ({"attn_scales": [0.5]}, r"has attn_scales \(0.5,\)"),
+    ({"dim": None}, "does not tell dim; give"),
+    ({"z_dim": None, "latents_std": None}, "does not tell z_dim, std"),
+    ({"attn_scales": [0.5]}, r"has attn_scales \[0.5\]"),
+    ({"latents_std": [float("nan")] * 16}, "std is .nan, .*; give a tuple of finite numbers"),
+    ({"latents_mean": 0}, "mean is 0; give a tuple"),
+    ({"dim_mult": [1, 2, 4, "a"]}, "dim_mult is"),
+    ({"dim_mult": [1, 0, 4, 4]}, "give numbers from 1 on"),
+    ({"temperal_downsample": [1, 0, 1]}, "temporal_downsample is"),
+    ({"num_res_blocks": "2"}, "num_res_blocks is '2'"),
     ({"is_residual": True}, "has is_residual True; .* where it is False"),
-    ({"decoder_base_dim": 160}, "decoder_base_dim 160; .* where it is 96"),
+    ({"decoder_base_dim": 160}, "dim is 96, and decoder_base_dim 160"),
   ],
 )
 def test_other_configurations_get_a_sentence(change, sentence):

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from hfjax.convert import CheckpointError, checkpoint, load
-from tests.convert.test_checkpoints import TENSORS, convert, folders, refused, same
+from tests.convert.helpers import TENSORS, convert, folders, refused, same
 
 WEIGHTS = {k: torch.from_numpy(v.copy()) for k, v in TENSORS.items()}
 EMA = {k: v + 1 for k, v in WEIGHTS.items()}
@@ -89,11 +89,76 @@ def test_conversion_equals_that_of_safetensors(tmp_path):
        TENSORS)  # fmt: skip
 
 
+def test_the_folder_of_a_trainer(tmp_path, capsys):
+  """Weights and their averages in files of their own, and what is no weights beside them."""
+  torch.save({"generator": prefixed("model.")}, tmp_path / "model.pt")
+  torch.save({"generator_ema": wrapped(EMA)}, tmp_path / "ema_model.pt")
+  torch.save({"state": {0: {"step": 1}}}, tmp_path / "optimizer.pt")
+  same(read(tmp_path), TENSORS)
+  same(read(tmp_path, averaged=True), {k: v.numpy() for k, v in EMA.items()})
+  assert convert(tmp_path, tmp_path / "ours", "--ema") == 0
+  assert "Left out optimizer.pt" in capsys.readouterr().out
+  origin = checkpoint.read_config(tmp_path / "ours" / "dit")[2]["origin"]
+  assert [*origin["files"]] == ["ema_model.pt"] and origin["averaged"]
+  assert origin["key"] == "generator_ema"
+
+
+def test_averages_alone_are_taken_and_said(tmp_path):
+  torch.save({"generator_ema": wrapped(EMA)}, tmp_path / "model.pt")
+  assert "moving averages of weights (generator_ema)" in checkpoint.open_parts(tmp_path)[0].notes[0]
+
+
+def test_random_objects_never_give_a_traceback(tmp_path):
+  r = np.random.default_rng(0)
+
+  def draw(depth):
+    kind = r.integers(7 if depth else 4)
+    if kind < 4:
+      return [3, "x", torch.ones(int(r.integers(3))), torch.eye(2).to_sparse()][kind]
+    inner = [draw(depth - 1) for _ in range(r.integers(4))]
+    keys = ["generator", "model", "a", 5]
+    return inner if kind == 4 else tuple(inner) if kind == 5 else dict(zip(keys, inner))
+
+  for _ in range(100):
+    torch.save(draw(4), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError):
+      checkpoint.open_parts(tmp_path / "model.pt")
+
+
 class Evil:
   """Runs a command when it is unpickled."""
 
   def __reduce__(self):
     return (os.system, ("touch evil",))
+
+
+def archive(path, pickled, compression=zipfile.ZIP_STORED):
+  with zipfile.ZipFile(path, "w", compression) as f:
+    f.writestr("archive/data.pkl", pickled)
+    f.writestr("archive/version", "3\n")
+    f.writestr("archive/byteorder", "little")
+
+
+def deep():
+  """Dictionaries within each other, fewer than Python's own pickling can do."""
+  held = {}
+  for _ in range(150):
+    held = {"a": held}
+  return held
+
+
+def itself():
+  held = {}
+  held["a"] = held
+  return held
+
+
+def shared():
+  """A tree of 2^40 leaves of which only 40 are there."""
+  held = [0]
+  for _ in range(40):
+    held = [held, held]
+  return held
 
 
 def legacy(path, value):
@@ -112,6 +177,18 @@ def legacy(path, value):
     (lambda p: torch.save({"step": 3}, p), "holds no weights"),
     (lambda p: torch.save({"generator": {**WEIGHTS, "step": 3}}, p), "step of type int"),
     (lambda p: torch.save({"a": torch.ones(2, dtype=torch.complex64)}, p), "a as complex64"),
+    (lambda p: torch.save({"a": torch.ones(2, dtype=torch.int32)}, p), "a as int32"),
+    (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), "a as a sparse tensor"),
+    (lambda p: torch.save({"a": torch._neg_view(torch.ones(3))}, p), "sparse tensor, a view"),
+    (lambda p: torch.save({"a": torch.ones(3, device="meta")}, p), "without data"),
+    (lambda p: torch.save(deep(), p), "holds no weights"),
+    (lambda p: torch.save(itself(), p), "holds no weights"),
+    (lambda p: torch.save({"generator": {"a": torch.ones(2)}, "x": shared()}, p), "no model that"),
+    (lambda p: archive(p, b"garbage"), "its pickle is damaged"),
+    (lambda p: archive(p, b""), "can be read"),
+    (lambda p: archive(p, b"\0" * 2**20, zipfile.ZIP_DEFLATED), "data.pkl is compressed or far"),
+    (lambda p: archive(p, b"\0" * (2**26 + 1)), "data.pkl is compressed or far too large"),
+    (lambda p: archive(p, b"\x80\x02cos\nsystem\nX\x04\0\0\0echo\x85R."), "asks to run code"),
   ],
 )  # fmt: skip
 def test_hostile_files_get_a_sentence(tmp_path, monkeypatch, capsys, make, sentence):
