@@ -39,8 +39,11 @@ def unsupported(problem: Problem, inputs: Inputs) -> str | None:
 
 
 def _lengthen(x: Any, tokens: int) -> Any:
-  """At least so many tokens: what is shorter than a tile cannot be copied by tiles."""
-  if x is None or x.shape[1] >= tokens:
+  """At least so many tokens, and a multiple of 8: what else there is cannot be copied by tiles."""
+  if x is None:
+    return x
+  tokens = max(tokens, -(-x.shape[1] // 8) * 8)
+  if x.shape[1] == tokens:
     return x
   return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), (0, 0), (0, 0)))
 

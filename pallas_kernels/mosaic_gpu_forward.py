@@ -56,13 +56,12 @@ def forward(
     def count_of(rank):
       return refs["count"][batch, head, row_of(rank)]
 
-    def steps(rank):
+    def steps(count):
       """At least one: of an empty list, all keys of its first block are masked."""
-      return jnp.maximum((count_of(rank) + width - 1) // width, 1)
+      return jnp.maximum((count + width - 1) // width, 1)
 
-    def block_of(rank, step, part):
+    def block_of(rank, count, step, part):
       """A listed block of a step; the last one again where the list is at its end."""
-      count = count_of(rank)
       entry = jnp.minimum(step * width + part, jnp.maximum(count - 1, 0))
       # What an empty list holds may be no block at all.
       return lax.select(count > 0, refs["index"][batch, head, row_of(rank), entry], 0)
@@ -74,13 +73,14 @@ def forward(
       q_s, lse_s, ready = (scratch[x].at[wg] for x in ("q", "lse", "ready"))
       plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q_s, ready)
       plgpu.barrier_wait(ready)
-      count, total = count_of(rank), steps(rank)
+      count = count_of(rank)
+      total = steps(count)
       k_ring, v_ring = streams
 
       def valid(step):
         """Keys that count of each of a step's blocks."""
         return [
-          lax.select(step * width + part < count, keys.valid(block_of(rank, step, part)), 0)
+          lax.select(step * width + part < count, keys.valid(block_of(rank, count, step, part)), 0)
           for part in range(width)
         ]
 
@@ -159,12 +159,15 @@ def forward(
         plgpu.wait_smem_to_gmem(0)
 
     def feed():
+      counts = [count_of(r) for r in range(lists)]  # read once, as they come from far
+
       def fetch(number, rank, step, buffers, barrier):
         for part in range(width):
           target = buffers[0].at[pl.ds(part * block_k, block_k)]
-          keys.fetch("kv"[number], block_of(rank, step, part), target, barrier)
+          block = block_of(rank, counts[rank], step, part)
+          keys.fetch("kv"[number], block, target, barrier)
 
-      produce(streams, [steps(r) for r in range(lists)], fetch)
+      produce(streams, [steps(count) for count in counts], fetch)
 
     run_warpgroups(consumers, consume, feed)
 

@@ -89,20 +89,22 @@ def test_past_gradients_are_zero_unless_wanted(races):
   assert not any(x.any() for x in past)
 
 
-@pytest.mark.parametrize("past", [0, 9360])
+@pytest.mark.parametrize(
+  ("s", "past", "n"), [(4680, 9360, 4680), (4680, 0, 14040), (333, 245, 137)]
+)
 @pytest.mark.parametrize("blocks", mosaic_gpu.TUNING)
-def test_kernels_lower_for_a_gpu_at_full_size(blocks, past):
+def test_kernels_lower_for_a_gpu_at_full_size(blocks, s, past, n):
+  """Which checks shared memory, layouts and what can be copied by tiles."""
   block_q, block_k = blocks
   shape = lambda *x, dtype="int32": jax.ShapeDtypeStruct(x, dtype)
-  tensor = lambda rows: shape(1, rows, 12, 128, dtype="bfloat16")
-  lists = (1, 12, -(-4680 // block_q))
+  tensor = lambda rows: shape(1, rows, 12, 128, dtype="bfloat16") if rows else None
+  lists = (1, 12, -(-s // block_q))
   inputs = Inputs(
-    *map(tensor, (4680, 4680, 4680)), *map(tensor, (past, past) if past else ()),
-    *((None, None) if not past else ()), shape(*lists, 44), shape(*lists), shape(1),
+    *map(tensor, (s, n, n, past, past)), shape(*lists, 3), shape(*lists), shape(1),
     shape(1) if past else None,
   )  # fmt: skip
   problem = Problem(128**-0.5, block_q, block_k, "mosaic_gpu")
-  rest = tensor(4680), shape(1, 12, 4680, dtype="float32"), tensor(4680)
+  rest = tensor(s), shape(1, 12, s, dtype="float32"), tensor(s)
   for call, args, kernels in (mosaic_gpu.forward, (), 1), (mosaic_gpu.backward, rest, 2):
     traced = jax.jit(functools.partial(call, problem)).trace(inputs, *args)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
