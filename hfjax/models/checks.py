@@ -1,5 +1,6 @@
 """Checks of sizes and inputs, each with a sentence; all work on shapes, also while tracing."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,12 @@ def check_number(name: str, value: Any, low: float, high: float):
   """Raises ValueError unless `value` is a number from `low` to `high`."""
   if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
     raise ValueError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}.")
+
+
+def check_row(name: str, row: Any, kind: Any):
+  """Raises ValueError unless `row` is a tuple of finite numbers of a type, or of several."""
+  if not isinstance(row, tuple) or not all(isinstance(x, kind) and math.isfinite(x) for x in row):
+    raise ValueError(f"{name} is {row!r}; give a tuple of finite numbers of its kind.")
 
 
 def check_grid(height: int, width: int, patch: tuple[int, int]):

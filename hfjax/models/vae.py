@@ -11,7 +11,6 @@ Pixels are `[b t y x c]` in [-1, 1], latents `[b f y x c]`, normalised by the la
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import einops
@@ -60,22 +59,15 @@ class VaeConfig:
 
   def __post_init__(self):
     checks.make_integers(self, "dim", "z_dim", "num_res_blocks")
-    for name, kind in (
-      ("mean", (int, float)),
-      ("std", (int, float)),
-      ("dim_mult", int),
-      ("temporal_downsample", bool),
-    ):
-      row = getattr(self, name)
-      if not isinstance(row, tuple) or not all(
-        isinstance(x, kind) and math.isfinite(x) for x in row
-      ):
-        raise ValueError(f"The autoencoder's {name} is {row!r}; give a tuple of finite numbers.")
+    for name in ("mean", "std"):
+      checks.check_row(name, getattr(self, name), (int, float))
+    checks.check_row("dim_mult", self.dim_mult, int)
+    checks.check_row("temporal_downsample", self.temporal_downsample, bool)
     if min(self.dim_mult, default=0) < 1:
       raise ValueError(f"The autoencoder's dim_mult is {self.dim_mult}; give numbers from 1 on.")
     for name in ("dim", "z_dim", "num_res_blocks"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"The autoencoder's {name} is {getattr(self, name)}; make it at least 1.")
+      if (value := getattr(self, name)) < 1:
+        raise ValueError(f"The autoencoder's {name} is {value}; make it at least 1.")
     if len(self.mean) != self.z_dim or len(self.std) != self.z_dim:
       raise ValueError(
         f"There are {len(self.mean)} latent means and {len(self.std)} deviations for "

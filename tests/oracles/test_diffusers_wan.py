@@ -485,12 +485,8 @@ def test_teacher_forcing_flow(chunk, noisy_context):
   clean, x = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
   t = frame_times(case, frames)
   clean_t = t[:, ::-1] / 8 if noisy_context else np.zeros_like(t)
-  theirs = flow_theirs(
-    model,
-    name,
-    np.concatenate([clean, x], axis=1),
-    per_token(case, np.concatenate([clean_t, t], axis=1)),
-  )[:, frames:]
+  both, times = (np.concatenate(pair, axis=1) for pair in ((clean, x), (clean_t, t)))
+  theirs = flow_theirs(model, name, both, per_token(case, times))[:, frames:]
   ours = flow_ours(
     name,
     x,
