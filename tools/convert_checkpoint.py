@@ -26,10 +26,7 @@ from hfjax.models.geometry import VARIANTS
 def convert(args: argparse.Namespace):
   """Reads all of SRC's models, then writes them; CheckpointError with a sentence if it cannot."""
   with write.replace_folder(args.target, args.overwrite, args.source) as folder:
-    if args.to != "hfjax" and checkpoint.hfjax_models(args.target):
-      raise CheckpointError(
-        f"{args.target} holds hfjax models, which would be read instead of others; write elsewhere."
-      )
+    checkpoint.check_layout(args.target, args.to)
     parts = checkpoint.open_parts(args.source, args.model, args.variant, args.ema)
     for path in args.lora:
       parts = lora.merge(parts, *lora.parse(path))
@@ -85,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"convert_checkpoint: {text}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print(f"convert_checkpoint: interrupted; {args.target} is as it was.", file=sys.stderr)
+    print(
+      f"convert_checkpoint: interrupted; {args.target} is as it was, or whole.", file=sys.stderr
+    )
     return 130
   return 0
 

@@ -404,6 +404,31 @@ def part_folder(kind: Kind, to: str) -> str:
   return {"hfjax": kind.name, "diffusers": kind.folder, "original": "."}[to]
 
 
+def check_layout(target: Path, to: str):
+  """Raises CheckpointError if a folder holds models in another layout than what is to be written.
+
+  Side by side nobody could tell which of two models is meant.
+  """
+  folders = {kind.folder for kind in KINDS.values() if "diffusers" in kind.stems}
+  held = {
+    "hfjax": bool(hfjax_models(target)),
+    "diffusers": any(_holds_weights(target / folder) for folder in folders),
+    "original": _holds_weights(target),
+  }
+  other = next((layout for layout, there in held.items() if there and layout != to), None)
+  if other is not None and not (to == "hfjax" and other != "hfjax"):
+    raise CheckpointError(
+      f"{target} holds models in the layout {other}, beside which {to} ones would not be found; "
+      "write elsewhere."
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+  if not folder.is_dir() or _is_hfjax(folder):
+    return False
+  return any(f.suffix in (".safetensors", *source.PICKLES) for f in folder.iterdir())
+
+
 TOKENIZER = Path("google", "umt5-xxl")
 
 

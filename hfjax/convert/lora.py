@@ -1,27 +1,39 @@
 """Low-rank updates of transformer weights, merged while a checkpoint is read.
 
-An update of a weight W of rank r is `strength * alpha / r * up @ down`; without alpha, alpha is r.
+An update of a weight W of rank r is `strength * alpha / r * up @ down`. Alpha is a tensor beside up
+and down, or in the file's metadata (Diffusers), or in adapter_config.json (PEFT); else it is r.
 """
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
 from hfjax.convert import source
 from hfjax.convert.checkpoint import Part, count_not_finite
 from hfjax.convert.source import CheckpointError, Tensor, Tensors
 
-# Ends of names: Diffusers' and PEFT's A and B, original down and up; alpha; whole differences.
+# Ends of names: Diffusers' and PEFT's A and B, original down and up; alpha; whole differences, of a
+# weight, a bias, a modulation.
 _ENDS = {
   ".lora_A.weight": "down", ".lora_down.weight": "down", ".lora_A.default.weight": "down",
   ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora_B.default.weight": "up",
-  ".alpha": "alpha", ".diff": "diff", ".diff_b": "diff_b",
+  ".lora.down.weight": "down", ".lora.up.weight": "up",
+  ".alpha": "alpha", ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m",
 }  # fmt: skip
-_PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "model.", "lora_unet_")
+# Some tools write alpha as a whole number.
+_ALPHAS: dict[str, np.dtype] = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
+_CHANGED = {".diff_b": "bias", ".diff_m": "modulation"}  # the weight, else
+_PREFIXES = (
+  "transformer.", "diffusion_model.", "base_model.model.", "pipe.dit.", "model.", "lora_unet__",
+  "lora_unet_", "lora_transformer_",
+)  # fmt: skip
 
 
 def parse(text: str) -> tuple[Path, float]:
@@ -49,10 +61,10 @@ def merge(parts: Sequence[Part], path: Path, strength: float = 1.0) -> list[Part
   target = next((p for p in parts if p.kind.name == "dit"), None)
   if target is None:
     raise CheckpointError(f"{path} updates a transformer, and the checkpoint holds none.")
-  updates = _collect(path, source.read_safetensors(path), target)
-  tensors = dict(target.tensors)
+  updates = _collect(path, source.read_safetensors(path, _ALPHAS), target)
+  tensors, told = dict(target.tensors), _settings(path)
   for name, update in updates.items():
-    tensors[name] = _merged(name, tensors[name], update, strength, path)
+    tensors[name] = _merged(name, tensors[name], update, strength, path, told)
   note = f"Merged {len(updates)} updates of {path.name} at strength {strength:g}."
   merged = dataclasses.replace(
     target,
@@ -76,7 +88,7 @@ def _collect(path: Path, tensors: Tensors, part: Part) -> dict[str, dict[str, Te
   for name, tensor in tensors.items():
     end = next((e for e in _ENDS if name.endswith(e)), None)
     module = known.get(_bare(name.removesuffix(end or "")), "")
-    weight = f"{module}.{'bias' if end == '.diff_b' else 'weight'}"
+    weight = f"{module}.{_CHANGED.get(end or '', 'weight')}"
     if end is None or weight not in part.tensors:
       strange.append(name)
     elif _ENDS[end] in updates.setdefault(weight, {}):
@@ -97,6 +109,35 @@ def _collect(path: Path, tensors: Tensors, part: Part) -> dict[str, dict[str, Te
   return updates
 
 
+def _settings(path: Path) -> dict[str, float]:
+  """Alpha, and whether it is divided by the root of the rank, where they lie beside the tensors.
+
+  Raises CheckpointError on settings that differ from module to module, or are no numbers.
+  """
+  with safe_open(path, framework="np") as f:
+    text = (f.metadata() or {}).get("lora_adapter_metadata")
+  beside = path.parent / "adapter_config.json"
+  if text is not None:
+    try:
+      held = json.loads(text)
+    except ValueError:
+      held = None
+    told = {str(k).rpartition(".")[2]: v for k, v in held.items()} if type(held) is dict else None
+  elif path.name == "adapter_model.safetensors" and beside.is_file():
+    told = source.read_json(beside)
+  else:
+    return {}
+  alpha: Any = None if told is None else told.get("lora_alpha")
+  number = type(alpha) in (int, float) and math.isfinite(alpha)
+  if told is None or told.get("alpha_pattern") or not (number or alpha is None):
+    raise CheckpointError(
+      f"{path} comes with settings that cannot be followed ({str(told)[:200]}); give a file with a "
+      "tensor alpha for each module."
+    )
+  rooted = {"rooted": 1.0} if told.get("use_rslora") else {}
+  return rooted if alpha is None else {"alpha": float(alpha), **rooted}
+
+
 def _bare(name: str) -> str:
   while True:
     prefix = next((p for p in _PREFIXES if name.startswith(p)), None)
@@ -106,17 +147,22 @@ def _bare(name: str) -> str:
 
 
 def _merged(
-  name: str, weight: Tensor, update: dict[str, Tensor], strength: float, path: Path
+  name: str,
+  weight: Tensor,
+  update: dict[str, Tensor],
+  strength: float,
+  path: Path,
+  told: dict[str, float],
 ) -> Tensor:
   shapes = {k: t.shape for k, t in update.items()}
-  if shapes.keys() in ({"diff"}, {"diff_b"}):
+  if len(shapes) == 1 and next(iter(shapes)).startswith("diff"):
     fits = weight.shape in shapes.values()
   elif shapes.keys() - {"alpha"} == {"up", "down"}:
     up, down = shapes["up"], shapes["down"]
     fits = (
-      len(up) == len(down) == 2
-      and up[1] == down[0] > 0
-      and (up[0], down[1]) == (weight.shape[0], math.prod(weight.shape[1:]))
+      min(len(up), len(down)) >= 2
+      and math.prod(up[1:]) == down[0] > 0
+      and (up[0], math.prod(down[1:])) == (weight.shape[0], math.prod(weight.shape[1:]))
       and math.prod(shapes.get("alpha", ())) == 1
     )
   else:
@@ -135,8 +181,12 @@ def _merged(
     with np.errstate(all="ignore"):  # what comes of it is looked at below
       if "up" in parts:
         rank = parts["down"].shape[0]
-        alpha = float(parts["alpha"].item()) if "alpha" in parts else rank
-        change = strength * alpha / rank * (parts["up"] @ parts["down"]).reshape(x.shape)
+        if "alpha" in parts:
+          scale = float(parts["alpha"].item()) / rank
+        else:
+          scale = told.get("alpha", rank) / (rank**0.5 if "rooted" in told else rank)
+        up, down = parts["up"].reshape(-1, rank), parts["down"].reshape(rank, -1)
+        change = strength * scale * (up @ down).reshape(x.shape)
       else:
         change = strength * next(iter(parts.values()))
       x = (x.astype(np.float32) + change).astype(weight.dtype)

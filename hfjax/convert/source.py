@@ -86,9 +86,13 @@ def check_file(path: Path):
     raise CheckpointError(f"{path} cannot be opened ({e.strerror}).") from e
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-  """Tensors of one file. Raises CheckpointError if it is damaged."""
+def read_safetensors(path: Path, others: Mapping[str, np.dtype] = {}) -> dict[str, Tensor]:
+  """Tensors of one file; others: dtypes by code that they may have besides those of weights.
+
+  Raises CheckpointError if the file is damaged.
+  """
   check_file(path)
+  dtypes = {**DTYPES, **others}
   try:
     # The library checks the header against the file; it does not tell offsets, so these are read
     # from the header once it is known to be sound.
@@ -105,11 +109,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
   tensors = {}
   for name in names:
     entry = header[name]
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in dtypes:
       raise CheckpointError(
         f"{path} holds {name} as {entry['dtype']}; weights are {', '.join(DTYPES)}."
       )
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    dtype, shape = dtypes[entry["dtype"]], tuple(entry["shape"])
     start = 8 + size + entry["data_offsets"][0]
     tensors[name] = Tensor(shape, dtype, _file_reader(path, start, shape, dtype), path, start)
   return tensors

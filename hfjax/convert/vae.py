@@ -128,7 +128,7 @@ _ONLY = {
   "is_residual": (False, None),
   "in_channels": (3, None),
   "out_channels": (3, None),
-  "patch_size": (None,),
+  "patch_size": (1, None),
 }
 
 

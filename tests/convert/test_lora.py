@@ -1,5 +1,6 @@
 """Low-rank updates."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,80 @@ def test_an_update_that_spoils_weights_is_blamed(tmp_path, capsys, value, streng
   args = ("--lora", f"{tmp_path / 'l.safetensors'}{strength}")
   error = refused(capsys, tmp_path / "wan", tmp_path / "ours", *args)
   assert "l.safetensors at strength" in error and "1024 numbers of blocks.1.self_attn.q" in error
+
+
+UP, DOWN = (np.random.default_rng(1).normal(size=s).astype(np.float32) for s in ((32, 4), (4, 32)))
+
+
+def merged(tmp_path, update, name="l.safetensors", **kwargs):
+  """Tensors after an update."""
+  put(tmp_path / "wan")
+  save_file(update, tmp_path / name, **kwargs)
+  part = lora.merge(checkpoint.open_parts(tmp_path / "wan"), tmp_path / name)[0]
+  return {k: t.read() for k, t in part.tensors.items()}
+
+
+def metadata(**settings):
+  held = {f"transformer.{k}": v for k, v in settings.items()}
+  return {"format": "pt", "lora_adapter_metadata": json.dumps(held)}
+
+
+@pytest.mark.parametrize(
+  ("settings", "scale"),
+  [({"lora_alpha": 8}, 2), ({"lora_alpha": 8, "use_rslora": True}, 4), ({"r": 4}, 1)],
+)
+def test_alpha_of_the_metadata_counts(tmp_path, settings, scale):
+  got = merged(tmp_path, {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP},
+               metadata=metadata(**settings))["blocks.1.self_attn.q.weight"]  # fmt: skip
+  want = TENSORS["blocks.1.self_attn.q.weight"] + scale * (UP @ DOWN)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_alpha_of_an_adapters_configuration_counts(tmp_path):
+  (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+  update = {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP}
+  want = TENSORS["blocks.1.self_attn.q.weight"]
+  for name, scale in (("adapter_model.safetensors", 2), ("other.safetensors", 1)):
+    got = merged(tmp_path, update, name)["blocks.1.self_attn.q.weight"]
+    np.testing.assert_allclose(got, want + scale * (UP @ DOWN), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "settings", [{"lora_alpha": "much"}, {"lora_alpha": 8, "alpha_pattern": {"q": 2}}]
+)
+def test_settings_that_cannot_be_followed_are_refused(tmp_path, settings):
+  update = {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP}
+  with pytest.raises(CheckpointError, match="settings that cannot be followed"):
+    merged(tmp_path, update, metadata=metadata(**settings))
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["transformer.blocks.1.attn1.to_q.lora.{}.weight", "pipe.dit.blocks.1.self_attn.q.lora_{}.weight",
+   "lora_transformer_blocks_1_attn1_to_q.lora_{}.weight",
+   "lora_unet__blocks_1_self_attn_q.lora_{}.weight"],
+)  # fmt: skip
+def test_names_of_more_tools(tmp_path, name):
+  update = {name.format("down"): DOWN, name.format("up"): UP}
+  if "unet" in name:
+    update[name.replace("lora_{}.weight", "alpha")] = np.array(2, np.int64)
+  got = merged(tmp_path, update)["blocks.1.self_attn.q.weight"]
+  scale = 0.5 if "unet" in name else 1
+  want = TENSORS["blocks.1.self_attn.q.weight"] + scale * (UP @ DOWN)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_modulations_and_convolutions_are_updated(tmp_path):
+  patch, shift = TENSORS["patch_embedding.weight"], TENSORS["blocks.1.modulation"]
+  down = np.ones((4, *patch.shape[1:]), np.float32)
+  up = np.ones((len(patch), 4, 1, 1, 1), np.float32)
+  got = merged(tmp_path, {
+    "diffusion_model.blocks.1.diff_m": np.ones_like(shift),
+    "diffusion_model.patch_embedding.lora_down.weight": down,
+    "diffusion_model.patch_embedding.lora_up.weight": up,
+  })  # fmt: skip
+  np.testing.assert_allclose(got["blocks.1.modulation"], shift + 1, atol=1e-6)
+  np.testing.assert_allclose(got["patch_embedding.weight"], patch + 4, atol=1e-5)
 
 
 def test_random_updates_never_give_a_traceback(tmp_path):

@@ -368,13 +368,6 @@ def test_parents_that_were_made_in_vain_are_removed(tmp_path, capsys):
   assert folders(tmp_path) == []
 
 
-def test_other_layouts_are_not_mixed_with_hfjax(tmp_path, capsys):
-  put(tmp_path / "wan")
-  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
-  args = (tmp_path / "wan", tmp_path / "ours", "--overwrite", "--to", "original")
-  assert "holds hfjax models" in refused(capsys, *args)
-
-
 def test_what_the_system_refuses_is_a_sentence(tmp_path, monkeypatch, capsys):
   put(tmp_path / "wan")
 
@@ -385,3 +378,18 @@ def test_what_the_system_refuses_is_a_sentence(tmp_path, monkeypatch, capsys):
   error = refused(capsys, tmp_path / "wan", tmp_path / "ours")
   assert "No space left on device (model.safetensors); mend that" in error
   assert folders(tmp_path) == ["wan"]
+
+
+@pytest.mark.parametrize(
+  ("there", "to", "refuses"),
+  [("original", "diffusers", True), ("diffusers", "original", True), ("hfjax", "original", True),
+   ("original", "original", False), ("original", "hfjax", False)],
+)  # fmt: skip
+def test_layouts_are_not_mixed(tmp_path, capsys, there, to, refuses):
+  put(tmp_path / "wan")
+  assert convert(tmp_path / "wan", tmp_path / "out", "--to", there) == 0
+  args = (tmp_path / "wan", tmp_path / "out", "--overwrite", "--to", to)
+  if refuses:
+    assert f"in the layout {there}, beside which {to}" in refused(capsys, *args)
+  else:
+    assert convert(*args) == 0
