@@ -82,7 +82,7 @@ def time_dense(size: Size) -> dict[str, Any]:
 def time_block_map(size: Size, backend: str) -> dict[str, dict[str, Any]]:
   """The block map of a stream's chunk, the past keys' means being there already; and its parts."""
   sets = []
-  for seed in range(16):
+  for seed in range(64):
     x = draw(size, RATIO, seed=seed)
     sets.append((x.q, x.k, pallas_kernels.block_means(x.past_k)))
   whole = lambda x: pallas_kernels.block_map(x[0], x[1], RATIO, past_means=x[2], backend=backend)
