@@ -66,7 +66,7 @@ def query_gradient(problem: Problem, inputs: Inputs, arrays, tuning: Tuning):
   c = problem.scale * LOG2E
 
   def kernel(refs, outputs, scratch):
-    batch, head, row_of, is_own = split_programs(h, nq, lists)
+    batch, head, row_of, is_own = split_programs(lax.axis_index("n"), h, nq, lists)
     keys = Keys(problem, inputs, refs, batch, head)
     streams = [Stream(stages, [scratch[x]], scratch[f"{x}_full"], scratch[f"{x}_free"])
                for x in "kv"]  # fmt: skip
@@ -197,7 +197,7 @@ def key_gradients(problem: Problem, inputs: Inputs, arrays, tuning: Tuning):
   c = problem.scale * LOG2E
 
   def kernel(refs, outputs, scratch):
-    batch, head, served_of, is_own = split_programs(h, served, lists)
+    batch, head, served_of, is_own = split_programs(lax.axis_index("n"), h, served, lists)
     keys = Keys(problem, inputs, refs, batch, head)
     stream_q = Stream(stages, [scratch["q"], scratch["lse"]], scratch["q_full"], scratch["q_free"])
     stream_g = Stream(

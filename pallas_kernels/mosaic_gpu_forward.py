@@ -20,11 +20,13 @@ from pallas_kernels.mosaic_gpu_rings import (
   Stream,
   Tuning,
   columns,
+  halved,
   launch,
   place,
   produce,
   product,
   run_warpgroups,
+  split_half,
   split_programs,
   tile,
   tiles_product,
@@ -44,11 +46,13 @@ def forward(
   wide = problem.block_q // ROWS  # consumers of a query block
   lists, stages, width = tuning.lists, tuning.stages, tuning.width
   consumers, slots = lists * wide, lists * stages
-  groups = -(-nq // lists)
+  programs = b * h * -(-nq // lists)
+  halves = halved(programs, consumers)
   c = problem.scale * LOG2E
 
   def kernel(refs, outputs, scratch):
-    batch, head, row_of, is_own = split_programs(h, nq, lists)
+    work, takes_part = split_half(programs, halves)
+    batch, head, row_of, is_own = split_programs(work, h, nq, lists)
     keys = Keys(problem, inputs, refs, batch, head)
     streams = [Stream(stages, [scratch[x]], scratch[f"{x}_full"], scratch[f"{x}_free"])
                for x in "kv"]  # fmt: skip
@@ -158,8 +162,26 @@ def forward(
         plgpu.copy_smem_to_gmem(lse_s, outputs["lse"].at[batch, head, rows])
         plgpu.wait_smem_to_gmem(0)
 
+    def skip(wg):
+      """Empties the ring that this consumer shares with the one that works, if it shares one."""
+      if wide > 1:
+
+        @pl.loop(0, steps(count_of(wg // wide)))
+        def _(step):
+          for stream in streams:
+            stream.take(wg // wide, step)
+            stream.free(wg // wide, step)
+
+    def consume_part(wg):
+      pl.when(takes_part(wg))(functools.partial(consume, wg))
+      if halves:
+        pl.when(~takes_part(wg))(functools.partial(skip, wg))
+
     def feed():
       counts = [count_of(r) for r in range(lists)]  # read once, as they come from far
+      totals = [steps(count) for count in counts]
+      if wide == 1:
+        totals = [lax.select(takes_part(r), total, 0) for r, total in enumerate(totals)]
 
       def fetch(number, rank, step, buffers, barrier):
         for part in range(width):
@@ -167,9 +189,9 @@ def forward(
           block = block_of(rank, counts[rank], step, part)
           keys.fetch("kv"[number], block, target, barrier)
 
-      produce(streams, [steps(count) for count in counts], fetch)
+      produce(streams, totals, fetch)
 
-    run_warpgroups(consumers, consume, feed)
+    run_warpgroups(consumers, consume_part, feed)
 
   full = plgpu.Barrier(num_arrivals=width, num_barriers=slots)
   free = plgpu.Barrier(num_arrivals=wide, num_barriers=slots)
@@ -190,5 +212,5 @@ def forward(
     "out": jax.ShapeDtypeStruct((b, s, h, d), dtype),
     "lse": jax.ShapeDtypeStruct((b, h, nq * problem.block_q), jnp.float32),
   }
-  got = launch(problem, kernel, inputs._asdict(), out_type, b * h * groups, consumers, scratch)
+  got = launch(problem, kernel, inputs._asdict(), out_type, programs + halves, consumers, scratch)
   return got["out"], got["lse"][:, :, :s]

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import device
 from pallas_kernels.problem import Inputs, Problem
 
 LOG2E = 1.4426950408889634
@@ -169,14 +170,37 @@ def produce(
           stream.wait_free(rank, total - 1 - i)
 
 
-def split_programs(heads: int, served: int, lists: int):
-  """What the program that runs serves: sample, head, and functions of a list's rank in it.
+def halved(programs: int, consumers: int) -> int:
+  """How many programs, the last ones, are run as two of one consumer each.
+
+  As whole ones they would run alone at the end and leave most multiprocessors without work.
+  """
+  cores = device.multiprocessors()
+  last = programs % cores
+  return last if consumers == 2 and 2 * last <= cores else 0
+
+
+def split_half(programs: int, halves: int):
+  """The program to do the work of, and whether a consumer has a part in it.
+
+  programs: whole ones, of which the last `halves` are run as two.
+  """
+  n = lax.axis_index("n")
+  if not halves:
+    return n, lambda wg: jnp.bool_(True)
+  whole = n < programs - halves
+  half = n - (programs - halves)
+  work = lax.select(whole, n, programs - halves + half // 2)
+  return work, lambda wg: whole | (half % 2 == wg)
+
+
+def split_programs(n, heads: int, served: int, lists: int):
+  """What program `n` serves: sample, head, and functions of a list's rank in it.
 
   The first gives the block that a list belongs to, the second whether it is this program's own: the
   last program may have lists to spare, which repeat the last block and store nothing. Programs of a
   head are neighbours, so that its keys stay in the cache.
   """
-  n = lax.axis_index("n")
   groups = -(-served // lists)
   group, head, batch = n % groups, (n // groups) % heads, n // (groups * heads)
 

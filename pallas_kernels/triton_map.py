@@ -21,10 +21,10 @@ class Tuning(NamedTuple):
   one step of its product. warps, stages: `num_warps` and `num_stages` of it.
   """
 
-  mean_warps: int = 4
+  mean_warps: int = 1
   rows: int = 8
   depth: int = 64
-  warps: int = 8
+  warps: int = 4
   stages: int = 3
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import attention, mosaic_gpu
-from pallas_kernels.mosaic_gpu_rings import registers
+from pallas_kernels.mosaic_gpu_rings import halved, registers
 from pallas_kernels.problem import Inputs, Problem
 from tests.pallas_kernels.oracle import draw, oracle
 
@@ -72,6 +72,26 @@ def test_forward_and_gradients_equal_dense_masked_attention(case, races):
     assert (x is None) == (y is None)
     if x is not None:
       close(x, y)
+
+
+@interpreted
+@pytest.mark.parametrize("cores", [1, 7])
+@pytest.mark.parametrize("case", ["two ragged buffers", "tall query blocks"])
+def test_programs_whole_and_halved(case, cores, monkeypatch, races):
+  """Eight programs: all whole on one multiprocessor, the last of them in two halves on seven."""
+  monkeypatch.setattr(mosaic_gpu.device, "multiprocessors", lambda: cores)
+  problem, inputs, dout = draw(**KERNEL, **{"block_q": 64, "block_k": 64, **CASES[case]})
+  assert halved(8, 2) == (cores == 7)
+  out, lse = mosaic_gpu.forward(problem, inputs)
+  want, want_lse, _ = oracle(problem, inputs, dout)
+  close(out, want)
+  np.testing.assert_allclose(lse, want_lse, atol=1e-4)
+
+
+def test_halves_never_take_more_multiprocessors_than_there_are(monkeypatch):
+  monkeypatch.setattr(mosaic_gpu.device, "multiprocessors", lambda: 132)
+  assert [halved(n, 2) for n in (1, 66, 67, 132, 444)] == [1, 66, 0, 0, 48]
+  assert halved(444, 1) == halved(444, 4) == 0
 
 
 @interpreted
