@@ -7,8 +7,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 # Two devices, so that what is sharded has something to be sharded over.
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
-# Threads of a kernel that the Hopper interpreter runs wait for each other on XLA's threads, of which
-# there is one a core by default: with two, all of them might wait.
+# The Hopper interpreter's threads wait for each other on XLA's threads, of which there is one for
+# each core by default: with two, all of them might wait.
 os.environ["NPROC"] = "16"
 
 import hypothesis
