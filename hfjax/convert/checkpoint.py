@@ -6,6 +6,7 @@ names them for others. Nothing holds more than one layer of one array.
 
 import dataclasses
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -155,7 +156,7 @@ def _hybrid(kind, config, tensors, variant, notes):
     variant = "reference_infer" if config.linear else "reference_dense"
     notes.append(
       f"Taken for variant {variant}, as the checkpoint has "
-      f"{'a' if config.linear else 'no'} linear branch; --variant says otherwise."
+      f"{'a' if config.linear else 'no'} linear branch; the converter's --variant says otherwise."
     )
   if VARIANTS[variant].dense != config.linear:
     return config, tensors, variant
@@ -187,14 +188,18 @@ def constant(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
 
 
 def hfjax_models(path: Path) -> dict[str, Path]:
-  """Folders of hfjax models by name: `path` itself, or below it."""
+  """Folders of hfjax models by name: `path` itself, or below it.
+
+  Raises CheckpointError if it is in the middle of an exchange.
+  """
+  write.check_whole(path)
   candidates = (path, *(path / name for name in KINDS))
   return {read_config(p)[0].name: p for p in candidates if _is_hfjax(p)}
 
 
 def _is_hfjax(folder: Path) -> bool:
   config = folder / "config.json"
-  return config.is_file() and source.read_json(config).get("format") == FORMAT
+  return os.path.isfile(config) and source.read_json(config).get("format") == FORMAT
 
 
 def read_config(folder: Path) -> tuple[Kind, Any, dict[str, Any]]:
@@ -324,27 +329,28 @@ def entries(part: Part, to: str, cast: str | None) -> tuple[list[write.Entry], d
 
 def _entry(name: str, tensor: Tensor, dtype: np.dtype) -> write.Entry:
   return write.Entry(
-    name, tensor.shape, dtype, lambda: iter([_cast(_read(tensor, name), dtype, name)])
+    name, tensor.shape, dtype, lambda: iter([cast_checked(_read(tensor, name), dtype, name)])
   )
 
 
 def _pieces(part: Part, table: Table, leaf: Leaf, dtype: np.dtype):
   def read(name: str) -> np.ndarray:
-    return _cast(_read(part.tensors[name], name), dtype, name)
+    return cast_checked(_read(part.tensors[name], name), dtype, name)
 
   return lambda: table.layers_of(leaf, read)
 
 
-def _cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def cast_checked(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
   """In another dtype; CheckpointError if that makes numbers infinite."""
   if x.dtype == dtype:
     return x
   with np.errstate(over="ignore"):
     y = x.astype(dtype)
   bad = count_not_finite(y)
-  if bad:
+  if bad and (bad := bad - count_not_finite(x)):
     raise CheckpointError(
-      f"The tensor {name} holds {bad} numbers that are too large for {dtype}; leave out --dtype."
+      f"The tensor {name} holds {bad} numbers that are too large for {dtype}; leave out the dtype, "
+      "which keeps theirs, or choose a wider one."
     )
   return y
 

@@ -50,7 +50,7 @@ def parse(text: str) -> tuple[Path, float]:
     value = float("nan")
   if not np.isfinite(value):
     raise CheckpointError(f"The strength {strength!r} of {path} is no number; give, say, 0.8.")
-  return Path(path), value
+  return source.user_path(path), value
 
 
 def merge(parts: Sequence[Part], path: Path, strength: float = 1.0) -> list[Part]:

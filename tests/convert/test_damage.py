@@ -56,6 +56,13 @@ def test_a_config_of_another_model_is_refused(tmp_path, capsys, key, value, sent
   assert sentence in error and "disagree" in error
 
 
+def test_a_mark_before_the_text_is_no_damage(tmp_path):
+  """Some editors write it."""
+  config = put(tmp_path / "wan") / "config.json"
+  config.write_text("\ufeff" + config.read_text(), encoding="utf-8")
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+
+
 def corrupt(data, how):
   size = int.from_bytes(data[:8], "little")
   header = json.loads(data[8 : 8 + size])
