@@ -26,6 +26,10 @@ STEM = "model"
 CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 
+# Where Wan 2.2 keeps a second transformer, in original folders and Diffusers'.
+_EXPERTS = ("high_noise_model", "transformer_2")
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
   """One model of a checkpoint.
@@ -68,6 +72,12 @@ def open_parts(
     parts = [_open_hfjax(f, variant) for name, f in ours.items() if model in ("auto", name)]
     _check_found(path, parts, model, set(ours), {})
     return parts
+  experts = next((path / n for n in _EXPERTS if os.path.isdir(path / n)), None)
+  if experts and model in ("auto", "dit"):
+    raise CheckpointError(
+      f"{path} is of Wan 2.2, with two transformers (one in {experts.name}) that take turns; hfjax "
+      "has Wan 2.1's. Other models of it may be converted with --model."
+    )
   parts, others, notes = [], set(), []
   found, failed = recognise.groups(path, averaged)
   for group in found:
@@ -129,11 +139,14 @@ def _open_foreign(
   own = style == "diffusers" or kind.name == "dit"
   cfg = source.read_json(cfg_path) if own and cfg_path.is_file() else {}
   notes: list[str] = []
+  if cfg and not kind.owns(cfg):
+    cfg = {}
+    notes.append(f"{cfg_path} is of no {kind.name}, and was not followed.")
   if group.averaged:
     notes.append(f"{group.path.name}: moving averages of weights ({group.key}) were taken.")
   named: Tensors = recognise.original_names(kind, tensors, style)
   try:
-    config = kind.infer({n: t.shape for n, t in named.items()}, cfg, notes)
+    config = _infer(kind, named, cfg, cfg_path, notes)
     config, named, variant = _hybrid(kind, config, named, variant, notes)
     named = kind.prepare(config, named)
     kind.table(config).check({n: t.shape for n, t in named.items()})
@@ -146,6 +159,17 @@ def _open_foreign(
     "naming": style,
   }
   return Part(kind, config, named, variant, origin, notes)
+
+
+def _infer(kind: Kind, tensors: Tensors, cfg: Mapping[str, Any], path: Path, notes: list[str]):
+  """Architecture from tensors and the config.json at `path`, which is blamed if they disagree."""
+  try:
+    return kind.infer({n: t.shape for n, t in tensors.items()}, cfg, notes)
+  except CheckpointError:
+    raise
+  except ValueError as e:
+    hint = f" So says {path}: bring the model's own, or move it away." if cfg else ""
+    raise ValueError(f"{e}{hint}") from e
 
 
 def _hybrid(kind, config, tensors, variant, notes):

@@ -92,6 +92,11 @@ _KEYS = {
 _ONLY = {"feed_forward_proj": ("gated-gelu",), "model_type": ("umt5",), "shared_pos": (False,)}
 
 
+def owns(cfg: Mapping[str, Any]) -> bool:
+  """Whether a config.json is a text encoder's."""
+  return told.is_of(cfg, _KEYS, "umt5")
+
+
 def told_by(cfg: Mapping[str, Any]) -> told.Told:
   """What the original encoder's arguments or a Transformers config.json tell.
 
@@ -100,7 +105,7 @@ def told_by(cfg: Mapping[str, Any]) -> told.Told:
   found = told.read(_WHAT, cfg, _KEYS, _ONLY)
   heads, head_dim = cfg.get("num_heads"), cfg.get("d_kv")
   if isinstance(heads, int) and isinstance(head_dim, int):
-    told.add(_WHAT, found, "dim_attn", f"num_heads {heads} times d_kv", heads * head_dim)
+    told.add(found, "dim_attn", f"num_heads {heads} times d_kv", heads * head_dim)
   return found
 
 

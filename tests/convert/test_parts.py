@@ -147,6 +147,14 @@ def test_configurations_of_pipelines_are_held_against_the_tensors(tmp_path, name
     checkpoint.open_parts(tmp_path / "x")
 
 
+def test_the_autoencoder_of_another_family_is_named():
+  shapes = dict(KINDS["vae"].table(CONFIGS["vae"]).shapes)
+  first = shapes["encoder.conv1.weight"]
+  shapes["encoder.conv1.weight"] = (first[0], 12, *first[2:])
+  with pytest.raises(CheckpointError, match="takes pixels of 12 channels, as that of Wan 2.2"):
+    KINDS["vae"].infer(shapes, {}, [])
+
+
 def test_latent_statistics_come_from_the_configuration(tmp_path):
   config = dataclasses.replace(CONFIGS["vae"], z_dim=2, mean=(0.5, 1.0), std=(2.0, 3.0))
   shapes = KINDS["vae"].table(config).shapes
