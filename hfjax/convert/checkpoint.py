@@ -158,6 +158,8 @@ def _open_foreign(
     "averaged": group.averaged,
     "naming": style,
   }
+  if kind.tied.keys() & tensors.keys():
+    origin["tied"] = sorted(tensors.keys() & {*kind.tied, *kind.tied.values()})
   return Part(kind, config, named, variant, origin, notes)
 
 
@@ -241,6 +243,7 @@ def read_config(folder: Path) -> tuple[Kind, Any, dict[str, Any]]:
   variants = [*VARIANTS] if name == "dit" else [None]
   if (
     not all(isinstance(row, dict) for row in rows)
+    or not isinstance(rows[1].get("tied", []), list)
     or any(code not in source.DTYPES for code in map(str, dtypes.values()))
     or any(Path(file).name != file for file in hashes)
     or info.get("variant") not in variants
@@ -333,6 +336,10 @@ def entries(part: Part, to: str, cast: str | None) -> tuple[list[write.Entry], d
       named = {rename(name): tensor for name, tensor in part.tensors.items()}
     except KeyError as e:
       raise CheckpointError(f"{part.kind.name} has no {to} naming (for {e}).") from e
+    held = part.origin.get("tied", ())
+    for copy, name in part.kind.tied.items():
+      if to == "diffusers" and copy in held:  # under the names that it had there
+        named[copy] = named[name] if name in held else named.pop(name)
     return [_entry(n, t, dtype or t.dtype) for n, t in named.items()], {}
   codes = {v: k for k, v in source.DTYPES.items()}
   rows, mixed = [], {}

@@ -66,7 +66,7 @@ def original_names(kind: Kind, tensors: Tensors, style: str) -> dict[str, Tensor
     return dict(tensors)
   renamed: dict[str, Tensor] = {}
   for name, tensor in tensors.items():
-    original = original_name(kind.name, kind.tied(name))
+    original = original_name(kind.name, kind.tied.get(name, name))
     if original in renamed:
       tensor = _tied(original, renamed[original], tensor)
     renamed[original] = tensor

@@ -31,7 +31,7 @@ class Kind:
   folder: its subfolder in a Diffusers pipeline. stems: names of its files, by naming.
   published: config.json that goes with "original" or "diffusers" tensors, None for none.
   owns: whether a config.json is this model's.
-  tied: name that counts for a Diffusers name, another one for tied copies.
+  tied: Diffusers' names of copies, and the names of what they are copies of.
   prepare: tensors as the name table wants them.
   """
 
@@ -45,7 +45,7 @@ class Kind:
   stems: Mapping[str, str]
   published: Callable[[Any, str], dict[str, Any] | None]
   owns: Callable[[Mapping[str, Any]], bool]
-  tied: Callable[[str], str] = str
+  tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
   prepare: Callable[[Any, Tensors], Tensors] = lambda config, tensors: tensors
 
 
@@ -272,7 +272,7 @@ KINDS: dict[str, Kind] = {
     stems={"original": "models_t5_umt5-xxl-enc-bf16", "diffusers": "model"},
     published=_umt5_config,
     owns=umt5.owns,
-    tied=umt5.tied_to,
+    tied=umt5.TIED,
   ),
   "taehv": Kind(
     name="taehv",

@@ -51,6 +51,9 @@ TRANSFORMERS: dict[str, str] = {
   f"{_FFN}.fc2": f"{_LAYER}.1.DenseReluDense.wo",
 }
 
+# Transformers' names of copies, and of what they are copies of; a file may hold either or both.
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+
 
 def table(config: Umt5Config) -> Table:
   """The name table of an architecture; its Diffusers names are those of Transformers."""
@@ -61,14 +64,6 @@ def table(config: Umt5Config) -> Table:
     diffusers=TRANSFORMERS,
     layers=config.layers,
   )
-
-
-def tied_to(name: str) -> str:
-  """The Transformers name that holds a tensor's values: another one for a tied copy, else its own.
-
-  A file may hold the token embedding under either name or both.
-  """
-  return "shared.weight" if name == "encoder.embed_tokens.weight" else name
 
 
 def from_original(config: Umt5Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
