@@ -266,7 +266,7 @@ def _lock(place: Path, target: Path) -> Iterator[None]:
         f = stack.enter_context(path.open("w"))
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_there = os.path.samestat(os.fstat(f.fileno()), path.stat())
-      except BlockingIOError as e:
+      except (BlockingIOError, FileExistsError) as e:  # it is held, or was removed just now
         raise _busy(target) from e
       except FileNotFoundError:
         is_there = False

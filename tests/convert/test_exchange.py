@@ -273,6 +273,17 @@ def test_a_place_that_vanishes_while_it_is_taken_is_made_again(tmp_path, monkeyp
   assert folders(tmp_path) == ["target"] and len(calls) == 3
 
 
+def test_a_place_that_vanishes_as_it_is_made_is_anothers(tmp_path, monkeypatch):
+  def mkdir(self, *args, **kwargs):
+    raise FileExistsError(
+      17, "File exists"
+    )  # what Path.mkdir says of a folder that is there no more
+
+  monkeypatch.setattr(Path, "mkdir", mkdir)
+  with pytest.raises(CheckpointError, match="Another conversion is writing"):
+    exchange_with(tmp_path, overwrite=False)
+
+
 def test_a_target_that_comes_to_be_meanwhile_is_left_alone(tmp_path, monkeypatch):
   plain = fcntl.flock
 
