@@ -163,7 +163,8 @@ def replace_folder(target: Path, overwrite: bool, source: Path) -> Iterator[Path
         _sync(path)
       if is_new:
         new.rename(target)
-        _sync(target.parent)
+        for folder in (target.parent, *(parent.parent for parent in made)):
+          _sync(folder)
       else:
         _swap(place)
   finally:
