@@ -19,15 +19,16 @@ from tqdm import tqdm
 
 from hfjax.convert import checkpoint, lora, write
 from hfjax.convert.registry import KINDS
-from hfjax.convert.source import CheckpointError
+from hfjax.convert.source import CheckpointError, printable, user_path
 from hfjax.models.geometry import VARIANTS
 
 
 def convert(args: argparse.Namespace):
   """Reads all of SRC's models, then writes them; CheckpointError with a sentence if it cannot."""
-  with write.replace_folder(args.target, args.overwrite, args.source) as folder:
-    checkpoint.check_layout(args.target, args.to)
-    parts = checkpoint.open_parts(args.source, args.model, args.variant, args.ema)
+  path, target = user_path(args.source), user_path(args.target)
+  with write.replace_folder(target, args.overwrite, path) as folder:
+    checkpoint.check_layout(target, args.to)
+    parts = checkpoint.open_parts(path, args.model, args.variant, args.ema)
     for path in args.lora:
       parts = lora.merge(parts, *lora.parse(path))
     rows = [checkpoint.entries(part, args.to, args.dtype)[0] for part in parts]
@@ -35,16 +36,16 @@ def convert(args: argparse.Namespace):
     for part in parts:
       print(f"{part.kind.name}: {part.config}")
       for note in part.notes:
-        print(f"{part.kind.name}: {CheckpointError(note)}")  # which makes it printable
+        print(f"{part.kind.name}: {printable(note)}")
     write.check_space(folder, total)
     with tqdm(total=total, unit="B", unit_scale=True, disable=args.quiet) as bar:
       for part in parts:
         bar.set_description(part.kind.name)
-        target = folder / checkpoint.part_folder(part.kind, args.to)
-        target.mkdir(exist_ok=True)
-        checkpoint.write_part(part, target, args.to, args.dtype, bar.update)
+        place = folder / checkpoint.part_folder(part.kind, args.to)
+        place.mkdir(exist_ok=True)
+        checkpoint.write_part(part, place, args.to, args.dtype, bar.update)
     if any(part.kind.name == "umt5" for part in parts):
-      checkpoint.copy_tokenizer(args.source, folder, args.to)
+      checkpoint.copy_tokenizer(path, folder, args.to)
   print(f"Wrote {args.target}, {total / 1e9:.2f} GB.", flush=True)
 
 
@@ -53,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("source", type=Path, metavar="SRC", help="file or folder of weights")
-  parser.add_argument("target", type=Path, metavar="DST", help="folder to make")
+  parser.add_argument("source", metavar="SRC", help="file or folder of weights")
+  parser.add_argument("target", metavar="DST", help="folder to make")
   parser.add_argument("--model", default="auto", choices=("auto", *KINDS), help="which model")
   parser.add_argument("--dtype", choices=checkpoint.CASTS, help="dtype to write; kept by default")
   parser.add_argument("--variant", choices=VARIANTS, help="semantics the weights were trained with")

@@ -6,6 +6,7 @@ names them for others. Nothing holds more than one layer of one array.
 
 import dataclasses
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ from hfjax.models.geometry import VARIANTS
 FORMAT = "hfjax-1"
 STEM = "model"
 CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+
+
+# Where Wan 2.2 keeps a second transformer, in original folders and Diffusers'.
+_EXPERTS = ("high_noise_model", "transformer_2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,12 @@ def open_parts(
     parts = [_open_hfjax(f, variant) for name, f in ours.items() if model in ("auto", name)]
     _check_found(path, parts, model, set(ours), {})
     return parts
+  experts = next((path / n for n in _EXPERTS if os.path.isdir(path / n)), None)
+  if experts and model in ("auto", "dit"):
+    raise CheckpointError(
+      f"{path} is of Wan 2.2, with two transformers (one in {experts.name}) that take turns; hfjax "
+      "has Wan 2.1's. Other models of it may be converted with --model."
+    )
   parts, others, notes = [], set(), []
   found, failed = recognise.groups(path, averaged)
   for group in found:
@@ -128,11 +139,14 @@ def _open_foreign(
   own = style == "diffusers" or kind.name == "dit"
   cfg = source.read_json(cfg_path) if own and cfg_path.is_file() else {}
   notes: list[str] = []
+  if cfg and not kind.owns(cfg):
+    cfg = {}
+    notes.append(f"{cfg_path} is of no {kind.name}, and was not followed.")
   if group.averaged:
     notes.append(f"{group.path.name}: moving averages of weights ({group.key}) were taken.")
   named: Tensors = recognise.original_names(kind, tensors, style)
   try:
-    config = kind.infer({n: t.shape for n, t in named.items()}, cfg, notes)
+    config = _infer(kind, named, cfg, cfg_path, notes)
     config, named, variant = _hybrid(kind, config, named, variant, notes)
     named = kind.prepare(config, named)
     kind.table(config).check({n: t.shape for n, t in named.items()})
@@ -144,7 +158,20 @@ def _open_foreign(
     "averaged": group.averaged,
     "naming": style,
   }
+  if kind.tied.keys() & tensors.keys():
+    origin["tied"] = sorted(tensors.keys() & {*kind.tied, *kind.tied.values()})
   return Part(kind, config, named, variant, origin, notes)
+
+
+def _infer(kind: Kind, tensors: Tensors, cfg: Mapping[str, Any], path: Path, notes: list[str]):
+  """Architecture from tensors and the config.json at `path`, which is blamed if they disagree."""
+  try:
+    return kind.infer({n: t.shape for n, t in tensors.items()}, cfg, notes)
+  except CheckpointError:
+    raise
+  except ValueError as e:
+    hint = f" So says {path}: bring the model's own, or move it away." if cfg else ""
+    raise ValueError(f"{e}{hint}") from e
 
 
 def _hybrid(kind, config, tensors, variant, notes):
@@ -155,7 +182,7 @@ def _hybrid(kind, config, tensors, variant, notes):
     variant = "reference_infer" if config.linear else "reference_dense"
     notes.append(
       f"Taken for variant {variant}, as the checkpoint has "
-      f"{'a' if config.linear else 'no'} linear branch; --variant says otherwise."
+      f"{'a' if config.linear else 'no'} linear branch; the converter's --variant says otherwise."
     )
   if VARIANTS[variant].dense != config.linear:
     return config, tensors, variant
@@ -187,14 +214,18 @@ def constant(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
 
 
 def hfjax_models(path: Path) -> dict[str, Path]:
-  """Folders of hfjax models by name: `path` itself, or below it."""
+  """Folders of hfjax models by name: `path` itself, or below it.
+
+  Raises CheckpointError if it is in the middle of an exchange.
+  """
+  write.check_whole(path)
   candidates = (path, *(path / name for name in KINDS))
   return {read_config(p)[0].name: p for p in candidates if _is_hfjax(p)}
 
 
 def _is_hfjax(folder: Path) -> bool:
   config = folder / "config.json"
-  return config.is_file() and source.read_json(config).get("format") == FORMAT
+  return os.path.isfile(config) and source.read_json(config).get("format") == FORMAT
 
 
 def read_config(folder: Path) -> tuple[Kind, Any, dict[str, Any]]:
@@ -212,6 +243,7 @@ def read_config(folder: Path) -> tuple[Kind, Any, dict[str, Any]]:
   variants = [*VARIANTS] if name == "dit" else [None]
   if (
     not all(isinstance(row, dict) for row in rows)
+    or not isinstance(rows[1].get("tied", []), list)
     or any(code not in source.DTYPES for code in map(str, dtypes.values()))
     or any(Path(file).name != file for file in hashes)
     or info.get("variant") not in variants
@@ -304,6 +336,10 @@ def entries(part: Part, to: str, cast: str | None) -> tuple[list[write.Entry], d
       named = {rename(name): tensor for name, tensor in part.tensors.items()}
     except KeyError as e:
       raise CheckpointError(f"{part.kind.name} has no {to} naming (for {e}).") from e
+    held = part.origin.get("tied", ())
+    for copy, name in part.kind.tied.items():
+      if to == "diffusers" and copy in held:  # under the names that it had there
+        named[copy] = named[name] if name in held else named.pop(name)
     return [_entry(n, t, dtype or t.dtype) for n, t in named.items()], {}
   codes = {v: k for k, v in source.DTYPES.items()}
   rows, mixed = [], {}
@@ -324,27 +360,28 @@ def entries(part: Part, to: str, cast: str | None) -> tuple[list[write.Entry], d
 
 def _entry(name: str, tensor: Tensor, dtype: np.dtype) -> write.Entry:
   return write.Entry(
-    name, tensor.shape, dtype, lambda: iter([_cast(_read(tensor, name), dtype, name)])
+    name, tensor.shape, dtype, lambda: iter([cast_checked(_read(tensor, name), dtype, name)])
   )
 
 
 def _pieces(part: Part, table: Table, leaf: Leaf, dtype: np.dtype):
   def read(name: str) -> np.ndarray:
-    return _cast(_read(part.tensors[name], name), dtype, name)
+    return cast_checked(_read(part.tensors[name], name), dtype, name)
 
   return lambda: table.layers_of(leaf, read)
 
 
-def _cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def cast_checked(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
   """In another dtype; CheckpointError if that makes numbers infinite."""
   if x.dtype == dtype:
     return x
   with np.errstate(over="ignore"):
     y = x.astype(dtype)
   bad = count_not_finite(y)
-  if bad:
+  if bad and (bad := bad - count_not_finite(x)):
     raise CheckpointError(
-      f"The tensor {name} holds {bad} numbers that are too large for {dtype}; leave out --dtype."
+      f"The tensor {name} holds {bad} numbers that are too large for {dtype}; leave out the dtype, "
+      "which keeps theirs, or choose a wider one."
     )
   return y
 

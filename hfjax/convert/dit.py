@@ -1,13 +1,14 @@
 """The diffusion transformer: name table, and its architecture from a published configuration."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from hfjax.convert import told
+from hfjax.convert.source import CheckpointError
 from hfjax.convert.table import Leaf, Table, linear, vector
 from hfjax.models import wan
 from hfjax.models.presets import WanConfig
@@ -148,6 +149,35 @@ _ONLY = {
 }
 
 
+# Models of the family that hfjax does not have, by the model_type of their config.json.
+_OTHERS = {
+  "flf2v": "Wan 2.1 FLF2V, which takes a first and a last frame",
+  "ti2v": "Wan 2.2 TI2V, which takes text and image, and latents of 48 channels",
+  "s2v": "Wan 2.2 S2V, which takes speech",
+  "animate": "Wan 2.2 Animate, which takes poses and faces",
+}
+_HAVE = "hfjax has only Wan 2.1's text-to-video and image-to-video (CLIP) transformers."
+_NAMES = "|".join((r"\w*Wan\w*Model", "t2v", "i2v", *_OTHERS))
+
+
+def owns(cfg: Mapping[str, Any]) -> bool:
+  """Whether a config.json is a transformer's."""
+  return told.is_of(cfg, _KEYS, _NAMES)
+
+
+def check_family(names: Iterable[str], dim: int, in_dim: int, out_dim: int):
+  """Raises CheckpointError, with its name, on a model of the family that hfjax does not have."""
+  held, other = set(names), None
+  if held & {"img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"}:
+    other = _OTHERS["flf2v"]
+  elif (dim, in_dim, out_dim) == (3072, 48, 48):
+    other = _OTHERS["ti2v"]
+  elif (in_dim, out_dim) == (36, 16) and "img_emb.proj.0.weight" not in held:
+    other = "Wan 2.2 I2V, which takes an image without its CLIP embedding (img_emb)"
+  if other:
+    raise CheckpointError(f"By its tensors this is {other}; {_HAVE}")
+
+
 def told_by(cfg: Mapping[str, Any]) -> told.Told:
   """What an original or a Diffusers config.json tells of the architecture.
 
@@ -156,17 +186,19 @@ def told_by(cfg: Mapping[str, Any]) -> told.Told:
   name = cfg.get("_class_name", "WanModel")
   if not isinstance(name, str) or not re.fullmatch(r"\w*Wan\w*Model", name):
     raise ValueError(f"The configuration is of a {name}; give that of a Wan transformer.")
+  if (other := _OTHERS.get(str(cfg.get("model_type")))) is not None:
+    raise ValueError(f"By its model_type this is {other}; {_HAVE}")
   found = told.read(_WHAT, cfg, _KEYS, _ONLY)
   heads, head_dim = cfg.get("num_attention_heads"), cfg.get("attention_head_dim")
   if isinstance(heads, int) and isinstance(head_dim, int):
     key = f"num_attention_heads {heads} times attention_head_dim"
-    told.add(_WHAT, found, "dim", key, heads * head_dim)
+    told.add(found, "dim", key, heads * head_dim)
   if (patch := cfg.get("patch_size")) is not None:
     if not isinstance(patch, (list, tuple)) or len(patch) != 3 or patch[0] != 1:
       raise ValueError(f"The patch is {patch}; hfjax takes (1, rows, columns), one frame deep.")
-    found["patch"] = ("patch_size", tuple(patch[1:]))
+    told.add(found, "patch", "patch_size", tuple(patch[1:]))
   if cfg.get("model_type") == "t2v":
-    told.add(_WHAT, found, "image_dim", "image width with model_type t2v", 0)
+    told.add(found, "image_dim", "image width with model_type t2v", 0)
   return found
 
 

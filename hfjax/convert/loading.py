@@ -1,6 +1,8 @@
 """Loading a model of a checkpoint onto devices."""
 
+import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hfjax.convert import checkpoint, write
+from hfjax.convert import checkpoint, source, write
 from hfjax.convert.registry import KINDS
 from hfjax.convert.source import CheckpointError, Tensor
 
@@ -39,16 +41,18 @@ def load(
 
   model: "dit", "vae", "umt5" or "taehv".
   sharding: where an array goes, from its path ("blocks/ffn_in/kernel") and shape; the first device
-    by default. dtype: of the parameters, "bf16" as in the converter or any floating one; as stored
-    by default. verify: hold the files of an hfjax folder against the hashes that it records, which
-    reads them once more.
+    by default. dtype: of the parameters, "bf16" as in the converter or any that weights have; as
+    stored by default. verify: hold the files of an hfjax folder against the hashes that it records,
+    which reads them once more.
 
-  Raises CheckpointError with a sentence if there is nothing to load.
+  Warns of what was assumed or left out in other formats, as the converter says it.
+  Raises CheckpointError with a sentence if there is nothing to load, or not as is asked.
   """
   if model not in KINDS:
     raise CheckpointError(f"There is no model {model!r}; load one of {', '.join(KINDS)}.")
-  path = Path(path_or_hub_id)
-  if not path.exists():
+  path = source.user_path(path_or_hub_id)
+  write.check_whole(path)
+  if not os.path.lexists(path):
     path = _download(str(path_or_hub_id))
   place = sharding or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   dtype = _dtype(dtype)
@@ -60,7 +64,14 @@ def load(
     arrays = checkpoint.our_arrays(folder, kind, config)
     mapped = {name: _map(tensor) for name, tensor in arrays.items()}
     return Loaded(config, _put(mapped, place, dtype), info.get("variant"))
+  if verify:
+    raise CheckpointError(
+      f"{path} is no hfjax folder with a {model}, so there are no hashes to verify; leave verify "
+      "out, or convert it with tools/convert_checkpoint.py."
+    )
   part = checkpoint.open_parts(path, model)[0]
+  for note in part.notes:
+    warnings.warn(source.printable(note), stacklevel=2)
   rows, _ = checkpoint.entries(part, "hfjax", None)
   folded = {entry.name: _fold(entry) for entry in rows}
   return Loaded(part.config, _put(folded, place, dtype), part.variant)
@@ -74,7 +85,7 @@ def _dtype(dtype: Any) -> np.dtype | None:
     found = np.dtype(checkpoint.CASTS.get(dtype, dtype) if isinstance(dtype, str) else dtype)
   except TypeError:
     found = np.dtype(np.int8)
-  if not jax.numpy.issubdtype(found, np.floating):
+  if found not in source.DTYPES.values():
     raise CheckpointError(f"Parameters cannot be {dtype!r}; give bf16, float32 or float16.")
   return found
 
@@ -113,8 +124,16 @@ def _put(arrays: dict[str, Callable[[], np.ndarray]], place, dtype) -> dict[str,
 
 
 def _place(host: np.ndarray, place, name: str, dtype) -> jax.Array:
+  dtype = dtype or host.dtype
+  if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    raise CheckpointError(
+      f"JAX holds {name} as {dtype} only with its jax_enable_x64; set that, or load with "
+      "dtype='float32'."
+    )
+
   def part(index) -> np.ndarray:
-    return np.asarray(host[index]).astype(dtype or host.dtype)
+    # A copy: JAX may keep what it is given, and mapped files change.
+    return checkpoint.cast_checked(np.array(host[index]), dtype, name)
 
   return jax.make_array_from_callback(host.shape, place(name, host.shape), part)
 

@@ -29,6 +29,17 @@ _ENDS = {
 }  # fmt: skip
 # Some tools write alpha as a whole number.
 _ALPHAS: dict[str, np.dtype] = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32)}
+# What else updates of weights may be, by patterns in the names that are left over.
+_OTHERS = {
+  r"\.dora_scale$|\.lora_magnitude_vector\b": "a DoRA, which scales the rows of weights as well",
+  r"\.hada_w[12]|\.hada_t[12]": "a LoHa, of products of two low-rank updates",
+  r"\.lokr_[wt][12]": "a LoKr, of Kronecker products",
+  r"\.oft_(blocks|diag)|\.oft_R\b": "an OFT, which rotates weights",
+  r"\.lora_B(\.\w+)?\.bias$": "a LoRA with biases of its own (lora_B.bias)",
+  r"[._](k_img|v_img|add_k_proj|add_v_proj|img_emb|image_embedder)\b": (
+    "of an image-to-video model, and this is a text-to-video one"
+  ),
+}
 _CHANGED = {".diff_b": "bias", ".diff_m": "modulation"}  # the weight, else
 _PREFIXES = (
   "transformer.", "diffusion_model.", "base_model.model.", "pipe.dit.", "model.", "lora_unet__",
@@ -50,7 +61,7 @@ def parse(text: str) -> tuple[Path, float]:
     value = float("nan")
   if not np.isfinite(value):
     raise CheckpointError(f"The strength {strength!r} of {path} is no number; give, say, 0.8.")
-  return Path(path), value
+  return source.user_path(path), value
 
 
 def merge(parts: Sequence[Part], path: Path, strength: float = 1.0) -> list[Part]:
@@ -102,6 +113,12 @@ def _collect(path: Path, tensors: Tensors, part: Part) -> dict[str, dict[str, Te
     )
   if strange or not updates:
     shown = ", ".join(sorted(strange)[:20]) or "nothing"
+    kind = next((k for p, k in _OTHERS.items() if any(re.search(p, n) for n in strange)), None)
+    if kind:
+      raise CheckpointError(
+        f"{path} is {kind}; give a plain LoRA of this model. {len(strange)} of its tensors fit no "
+        f"weight: {shown}."
+      )
     raise CheckpointError(
       f"{path} holds {len(strange)} tensors that update no weight of this transformer: {shown}. It "
       "is of another model, or no LoRA."

@@ -66,7 +66,7 @@ def original_names(kind: Kind, tensors: Tensors, style: str) -> dict[str, Tensor
     return dict(tensors)
   renamed: dict[str, Tensor] = {}
   for name, tensor in tensors.items():
-    original = original_name(kind.name, kind.tied(name))
+    original = original_name(kind.name, kind.tied.get(name, name))
     if original in renamed:
       tensor = _tied(original, renamed[original], tensor)
     renamed[original] = tensor
@@ -115,7 +115,7 @@ def groups(path: Path, averaged: bool) -> tuple[list[Group], dict[Path, Checkpoi
   averaged: take moving averages of weights, from files that hold them.
   Raises CheckpointError if there is nothing to read, or if a file given by name cannot be.
   """
-  if not path.is_dir():
+  if not os.path.isdir(path):
     if not os.path.lexists(path):
       raise CheckpointError(f"{path} is not there; give a file of weights or a folder of them.")
     if path.suffix == ".safetensors" and not averaged:  # this one, whatever lies beside it

@@ -5,10 +5,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hfjax.convert import dit, taehv, umt5, vae
+from hfjax.convert import dit, taehv, told, umt5, vae
 from hfjax.convert.source import CheckpointError, Tensor, Tensors
 from hfjax.convert.table import Table
-from hfjax.convert.told import check
 from hfjax.models.presets import WanConfig
 from hfjax.models.taehv import TAEHV, TaehvConfig
 from hfjax.models.umt5 import Umt5Config
@@ -31,7 +30,8 @@ class Kind:
   names: Diffusers' module names by original ones.
   folder: its subfolder in a Diffusers pipeline. stems: names of its files, by naming.
   published: config.json that goes with "original" or "diffusers" tensors, None for none.
-  tied: name that counts for a Diffusers name, another one for tied copies.
+  owns: whether a config.json is this model's.
+  tied: Diffusers' names of copies, and the names of what they are copies of.
   prepare: tensors as the name table wants them.
   """
 
@@ -44,7 +44,8 @@ class Kind:
   folder: str
   stems: Mapping[str, str]
   published: Callable[[Any, str], dict[str, Any] | None]
-  tied: Callable[[str], str] = str
+  owns: Callable[[Mapping[str, Any]], bool]
+  tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
   prepare: Callable[[Any, Tensors], Tensors] = lambda config, tensors: tensors
 
 
@@ -57,8 +58,9 @@ def _infer_dit(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> WanCon
     "blocks.0.ffn.0.weight": 2, "head.head.weight": 2, **({hybrid: 2} if hybrid else {}),
   })  # fmt: skip
   dim, in_dim, _, *patch = shapes["patch_embedding.weight"]
-  told = dit.told_by(cfg)
-  values = {field: value for field, (_, value) in told.items()}
+  out_dim = shapes["head.head.weight"][0] // (patch[0] * patch[1])
+  dit.check_family(shapes, dim, in_dim, out_dim)
+  said = dit.told_by(cfg)
   image_dim = shapes.get("img_emb.proj.0.weight", (0,))[0]
   if cfg.get("model_type") == "i2v" and not image_dim:
     raise ValueError(
@@ -66,8 +68,8 @@ def _infer_dit(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> WanCon
     )
   if hybrid:
     heads = dim // shapes[hybrid][0]
-  elif "heads" in values:
-    heads = values["heads"]
+  elif "heads" in said:
+    heads = told.value("transformer", said, "heads")
   elif dim % _HEAD_DIM:
     raise ValueError(
       f"Nothing tells the number of heads of a transformer {dim} wide; put its config.json beside "
@@ -82,15 +84,15 @@ def _infer_dit(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> WanCon
     heads=heads,
     layers=count(shapes, r"blocks\.([0-9]{1,9})\."),
     in_dim=in_dim,
-    out_dim=shapes["head.head.weight"][0] // (patch[0] * patch[1]),
+    out_dim=out_dim,
     text_dim=shapes["text_embedding.0.weight"][1],
     freq_dim=shapes["time_embedding.0.weight"][1],
     patch=(patch[0], patch[1]),
     image_dim=image_dim,
     linear=hybrid is not None,
-    **{k: values[k] for k in ("text_len", "eps") if k in values},
+    **{k: told.value("transformer", said, k) for k in ("text_len", "eps") if k in said},
   )
-  check("transformer", told, config)
+  told.check("transformer", said, config)
   return config
 
 
@@ -122,15 +124,21 @@ def count(shapes: Shapes, pattern: str) -> int:
 def _infer_vae(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> VaeConfig:
   """Architecture of the autoencoder: from its configuration, else Wan 2.1's at other widths."""
   need(shapes, {"encoder.conv1.weight": 5, "conv2.weight": 5})
-  told = vae.told_by(cfg)
-  sizes = {"dim": shapes["encoder.conv1.weight"][0], "z_dim": shapes["conv2.weight"][0]}
-  values = {**sizes, **{field: value for field, (_, value) in told.items()}}
+  dim, channels = shapes["encoder.conv1.weight"][:2]
+  if channels != 3:
+    raise CheckpointError(
+      f"This autoencoder takes pixels of {channels} channels, as that of Wan 2.2 does; hfjax has "
+      "that of Wan 2.1."
+    )
+  said = vae.told_by(cfg)
+  sizes: dict[str, Any] = {"dim": dim, "z_dim": shapes["conv2.weight"][0]}
+  values = {k: told.value("autoencoder", said, k) for k in said if k not in sizes}
   if "mean" not in values and sizes["z_dim"] != WAN21.z_dim:
     n = sizes["z_dim"]
     say.append(f"Nothing tells the statistics of the {n} latent channels; mean 0, deviation 1.")
     values |= {"mean": (0.0,) * n, "std": (1.0,) * n}
-  config = dataclasses.replace(WAN21, **{**values, **sizes})
-  check("autoencoder", told, config)
+  config = dataclasses.replace(WAN21, **values, **sizes)
+  told.check("autoencoder", said, config)
   return config
 
 
@@ -160,7 +168,7 @@ def _infer_umt5(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> Umt5C
   }  # fmt: skip
   need(shapes, ranks)
   embedding, q, fc1, position = (shapes[n] for n in ranks)
-  told = umt5.told_by(cfg)
+  said = umt5.told_by(cfg)
   config = Umt5Config(
     vocab=embedding[0],
     dim=embedding[1],
@@ -169,9 +177,9 @@ def _infer_umt5(shapes: Shapes, cfg: Mapping[str, Any], say: list[str]) -> Umt5C
     heads=position[1],
     layers=count(shapes, r"blocks\.([0-9]{1,9})\."),
     buckets=position[0],
-    **{k: told[k][1] for k in ("max_distance", "eps") if k in told},
+    **{k: told.value("text encoder", said, k) for k in ("max_distance", "eps") if k in said},
   )
-  check("text encoder", told, config)
+  told.check("text encoder", said, config)
   return config
 
 
@@ -233,6 +241,7 @@ KINDS: dict[str, Kind] = {
     folder="transformer",
     stems={"original": "diffusion_pytorch_model", "diffusers": "diffusion_pytorch_model"},
     published=dit.published_config,
+    owns=dit.owns,
   ),
   "vae": Kind(
     name="vae",
@@ -247,6 +256,7 @@ KINDS: dict[str, Kind] = {
     folder="vae",
     stems={"original": "Wan2.1_VAE", "diffusers": "diffusion_pytorch_model"},
     published=_vae_config,
+    owns=vae.owns,
   ),
   "umt5": Kind(
     name="umt5",
@@ -261,7 +271,8 @@ KINDS: dict[str, Kind] = {
     folder="text_encoder",
     stems={"original": "models_t5_umt5-xxl-enc-bf16", "diffusers": "model"},
     published=_umt5_config,
-    tied=umt5.tied_to,
+    owns=umt5.owns,
+    tied=umt5.TIED,
   ),
   "taehv": Kind(
     name="taehv",
@@ -273,6 +284,7 @@ KINDS: dict[str, Kind] = {
     folder="taehv",
     stems={"original": "taew2_1"},
     published=lambda config, style: None,
+    owns=lambda cfg: False,
     prepare=_trim_taehv,
   ),
 }

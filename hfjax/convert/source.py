@@ -44,13 +44,17 @@ _SHOWN = 4000  # characters of a sentence
 class CheckpointError(ValueError):
   """A checkpoint that cannot be read or written; its text is a sentence for the user.
 
-  Names come from files of others: control characters are escaped, and long words shortened.
+  It is made printable, as names in it come from files of others.
   """
 
   def __init__(self, text: str):
-    text = re.sub(r"\S{300,}", lambda m: f"{m[0][:100]}...", text)[:_SHOWN]
-    printable = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    super().__init__("".join(printable))
+    super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+  """A sentence in which control characters are escaped, and long words shortened."""
+  text = re.sub(r"\S{300,}", lambda m: f"{m[0][:100]}...", text)[:_SHOWN]
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,13 @@ class Tensor:
 
 
 Tensors = Mapping[str, Tensor]
+
+
+def user_path(text: str | Path) -> Path:
+  """A path as a user gives it, where `~` is the home; CheckpointError if it cannot be one."""
+  if str(text) == "" or "\0" in str(text):
+    raise CheckpointError(f"{str(text)!r} is no path; give that of a file or folder.")
+  return Path(os.path.expanduser(text))
 
 
 def check_file(path: Path):
@@ -371,7 +382,7 @@ def read_shards(folder: Path, stem: str) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict[str, Any]:
   """A JSON dictionary; CheckpointError if the file holds none."""
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text("utf-8-sig"))  # some editors put a mark before the text
   except (OSError, ValueError, RecursionError) as e:
     raise CheckpointError(
       f"{path} is no JSON file that can be read ({e}); download or write it again."

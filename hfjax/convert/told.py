@@ -1,10 +1,21 @@
 """What a published config.json tells of an architecture."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-# By our field: the key that tells it, for sentences, and its value.
-Told = dict[str, tuple[str, Any]]
+# By our field: what each of the keys that tell it says. Some tools keep keys of two conventions, of
+# which only one is right, so that the tensors decide between them.
+Told = dict[str, dict[str, Any]]
+
+
+def is_of(cfg: Mapping[str, Any], fields: Mapping[str, str], names: str) -> bool:
+  """Whether a configuration is a model's: by its class or type, or as it tells two fields or more.
+
+  names: a pattern of classes and types. Other programs put a config.json beside weights too.
+  """
+  named = any(re.fullmatch(names, str(cfg.get(key))) for key in ("_class_name", "model_type"))
+  return named or sum(cfg.get(key) is not None for key in fields) >= 2
 
 
 def read(
@@ -17,7 +28,7 @@ def read(
 
   what: the model, for sentences. fields: our field by key.
   only: values by key, of architectures that hfjax has.
-  Raises ValueError on another architecture, and on keys that contradict each other.
+  Raises ValueError on another architecture.
   """
   for key, values in only.items():
     if key in cfg and _tuple(cfg[key]) not in values:
@@ -28,43 +39,52 @@ def read(
   told: Told = {}
   for key, field in fields.items():
     if cfg.get(key) is not None:
-      add(what, told, field, key, _tuple(cfg[key]))
+      add(told, field, key, _tuple(cfg[key]))
   return told
 
 
-def add(what: str, told: Told, field: str, key: str, value: Any):
-  """Adds what a key tells; ValueError if another one tells otherwise."""
-  other, known = told.get(field, (key, value))
-  told[field] = (key, value)
-  if other != key and known != value:
-    raise ValueError(
-      f"The {what}'s configuration contradicts itself: {other} is {known!r}, and {key} {value!r}."
-    )
+def add(told: Told, field: str, key: str, value: Any):
+  """Adds what a key tells."""
+  told.setdefault(field, {})[key] = value
+
+
+def value(what: str, told: Told, field: str) -> Any:
+  """The one value that is told of a field; ValueError if keys contradict each other."""
+  (first, known), *others = told[field].items()
+  for key, value in others:
+    if value != known:
+      raise ValueError(
+        f"The {what}'s configuration contradicts itself: {first} is {known!r}, and {key} {value!r}."
+      )
+  return known
 
 
 def check(what: str, told: Told, config: Any):
-  """Raises ValueError if the tensors have led to another configuration than what is told."""
+  """Raises ValueError if the tensors have led to another configuration than what is told.
+
+  A field may be told by several keys, of which one must be right.
+  """
   wrong = [
-    f"{key} {value!r} against {getattr(config, field)!r}"
-    for field, (key, value) in told.items()
-    if getattr(config, field) != value
+    f"{' and '.join(f'{key} {value!r}' for key, value in said.items())} against "
+    f"{getattr(config, field)!r}"
+    for field, said in told.items()
+    if all(getattr(config, field) != value for value in said.values())
   ]
   if wrong:
     raise ValueError(
-      f"config.json and the tensors disagree ({'; '.join(wrong)}): they are of different {what}s, "
-      "so bring the two together."
+      f"config.json and the tensors disagree ({'; '.join(wrong)}): they are of different {what}s."
     )
 
 
 def values(what: str, told: Told, *needed: str) -> dict[str, Any]:
-  """Values by field; ValueError that lists what is needed and not told."""
+  """Values by field; ValueError that lists what is needed and not told, or on contradictions."""
   missing = [field for field in needed if field not in told]
   if missing:
     raise ValueError(
       f"The {what}'s configuration does not tell {', '.join(missing)}; give the config.json of a "
       "published one."
     )
-  return {field: value for field, (_, value) in told.items()}
+  return {field: value(what, told, field) for field in told}
 
 
 def _tuple(value: Any) -> Any:

@@ -51,6 +51,9 @@ TRANSFORMERS: dict[str, str] = {
   f"{_FFN}.fc2": f"{_LAYER}.1.DenseReluDense.wo",
 }
 
+# Transformers' names of copies, and of what they are copies of; a file may hold either or both.
+TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+
 
 def table(config: Umt5Config) -> Table:
   """The name table of an architecture; its Diffusers names are those of Transformers."""
@@ -61,14 +64,6 @@ def table(config: Umt5Config) -> Table:
     diffusers=TRANSFORMERS,
     layers=config.layers,
   )
-
-
-def tied_to(name: str) -> str:
-  """The Transformers name that holds a tensor's values: another one for a tied copy, else its own.
-
-  A file may hold the token embedding under either name or both.
-  """
-  return "shared.weight" if name == "encoder.embed_tokens.weight" else name
 
 
 def from_original(config: Umt5Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -92,6 +87,11 @@ _KEYS = {
 _ONLY = {"feed_forward_proj": ("gated-gelu",), "model_type": ("umt5",), "shared_pos": (False,)}
 
 
+def owns(cfg: Mapping[str, Any]) -> bool:
+  """Whether a config.json is a text encoder's."""
+  return told.is_of(cfg, _KEYS, "umt5")
+
+
 def told_by(cfg: Mapping[str, Any]) -> told.Told:
   """What the original encoder's arguments or a Transformers config.json tell.
 
@@ -100,7 +100,7 @@ def told_by(cfg: Mapping[str, Any]) -> told.Told:
   found = told.read(_WHAT, cfg, _KEYS, _ONLY)
   heads, head_dim = cfg.get("num_heads"), cfg.get("d_kv")
   if isinstance(heads, int) and isinstance(head_dim, int):
-    told.add(_WHAT, found, "dim_attn", f"num_heads {heads} times d_kv", heads * head_dim)
+    told.add(found, "dim_attn", f"num_heads {heads} times d_kv", heads * head_dim)
   return found
 
 

@@ -132,6 +132,11 @@ _ONLY = {
 }
 
 
+def owns(cfg: Mapping[str, Any]) -> bool:
+  """Whether a config.json is an autoencoder's."""
+  return told.is_of(cfg, _KEYS, "AutoencoderKLWan")
+
+
 def told_by(cfg: Mapping[str, Any]) -> told.Told:
   """What the keys of Wan's class or of Diffusers' `vae/config.json` tell.
 

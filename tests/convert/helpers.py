@@ -62,6 +62,12 @@ def folders(parent):
   return sorted(p.name for p in parent.iterdir())
 
 
+def content(folder):
+  """Bytes of what lies below a folder by name, False for folders."""
+  return {p.relative_to(folder).as_posix(): p.is_file() and p.read_bytes()
+          for p in sorted(folder.rglob("*"))}  # fmt: skip
+
+
 def flat(tree):
   paths = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {"/".join(k.key for k in p): np.asarray(x) for p, x in paths}

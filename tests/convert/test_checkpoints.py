@@ -4,12 +4,14 @@ import dataclasses
 import os
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from hfjax.convert import CheckpointError, checkpoint, dit, load
 from hfjax.convert.recognise import clean_names
@@ -20,11 +22,14 @@ from tests.convert.helpers import (
   TENSORS,
   convert,
   flat,
+  folders,
   put,
   refused,
   same,
   tensors_of,
 )  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:Taken for variant")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
@@ -187,6 +192,63 @@ def test_dtypes_of_parameters(tmp_path):
       load(tmp_path / "wan", dtype=dtype)
 
 
+def test_parameters_are_never_made_infinite(tmp_path):
+  put(tmp_path / "wan", {**TENSORS, "head.head.bias": np.full(16, 1e5, np.float32)})
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+  for path in ("wan", "ours"):
+    with pytest.raises(CheckpointError, match="head/projection/bias holds 16 numbers that are too"):
+      load(tmp_path / path, dtype="float16")
+    assert load(tmp_path / path, dtype="bf16").config == HYBRID
+
+
+def test_double_precision_is_not_lost_silently(tmp_path):
+  put(tmp_path / "wan", {**TENSORS, "head.head.bias": np.ones(16)})
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+  for path in ("wan", "ours"):
+    with pytest.raises(CheckpointError, match="head/projection/bias as float64 only with its jax_"):
+      load(tmp_path / path)
+    loaded = load(tmp_path / path, dtype="float32")
+    assert loaded.params["head"]["projection"]["bias"].dtype == np.float32
+  with jax.enable_x64(True):
+    assert load(tmp_path / "ours").params["head"]["projection"]["bias"].dtype == np.float64
+
+
+def test_loading_warns_of_what_was_assumed(tmp_path):
+  put(tmp_path / "wan")
+  (tmp_path / "wan" / "training_args.bin").write_bytes(b"no weights")
+  with pytest.warns(UserWarning, match="Left out training_args.bin") as seen:
+    load(tmp_path / "wan")
+  assert len(seen) == 2 and "Taken for variant reference_infer" in str(seen[0].message)
+  assert {w.filename for w in seen} == {__file__}  # where it was called
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    load(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, "owner/" + "x" * 300, "/" + "x/" * 3000])
+def test_names_that_can_be_no_path_get_a_sentence(tmp_path, monkeypatch, capsys, name):
+  monkeypatch.chdir(put(tmp_path / "wan"))  # which an empty name must not stand for
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  with pytest.raises(CheckpointError):
+    load(name)
+  if name and "\0" not in name:  # of which no Path can be made
+    with pytest.raises(CheckpointError, match="is not there"):
+      checkpoint.open_parts(Path(name))
+  assert "is n" in refused(capsys, name, tmp_path / "x")  # "no path", "not there"
+  assert folders(tmp_path) == ["wan"]
+
+
+def test_the_home_may_be_written_short(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  put(tmp_path / "wan")
+  save_file(
+    {"diffusion_model.head.head.diff_b": np.ones(16, np.float32)}, tmp_path / "l.safetensors"
+  )
+  assert convert("~/wan", "~/ours", "--lora", "~/l.safetensors") == 0
+  assert load("~/ours").config == load("~/wan").config == HYBRID
+
+
 def test_mixed_dtypes_load_as_they_convert(tmp_path):
   """Layers of one array in dtypes that hold different numbers."""
   kinds = (np.float16, ml_dtypes.bfloat16)
@@ -201,6 +263,8 @@ def test_hashes_are_held_against_the_files(tmp_path, capsys):
   put(tmp_path / "wan")
   assert convert(tmp_path / "wan", tmp_path / "ours") == 0
   load(tmp_path / "ours", verify=True)
+  with pytest.raises(CheckpointError, match="no hfjax folder with a dit, so there are no hashes"):
+    load(tmp_path / "wan", verify=True)
   file = tmp_path / "ours" / "dit" / "model.safetensors"
   data = bytearray(file.read_bytes())
   data[-3] ^= 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hfjax.convert import CheckpointError, checkpoint, load
-from tests.convert.helpers import CFG, TENSORS, convert, folders, put, refused, tensors_of
+from tests.convert.helpers import CFG, DENSE, TENSORS, convert, folders, put, refused, tensors_of
 
 
 def drop(n):
@@ -54,6 +54,66 @@ def test_a_config_of_another_model_is_refused(tmp_path, capsys, key, value, sent
   put(tmp_path / "wan", cfg={**CFG, key: value})
   error = refused(capsys, tmp_path / "wan", tmp_path / "ours")
   assert sentence in error and "disagree" in error
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    ({"in_channels": 36}, None),  # the older of two conventions is right
+    ({"in_channels": 4, "in_dim": 36}, None),
+    ({"in_channels": 36, "in_dim": 16}, "in_dim 16 and in_channels 36 against 4"),
+    ({"num_attention_heads": 4}, None),  # the linear branch tells the heads
+  ],
+)
+def test_tensors_decide_between_keys_that_contradict_each_other(tmp_path, capsys, change, sentence):
+  put(tmp_path / "wan", cfg={**CFG, **change})
+  if sentence is None:
+    assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+  else:
+    assert sentence in refused(capsys, tmp_path / "wan", tmp_path / "ours")
+
+
+def test_where_tensors_cannot_decide_contradictions_are_refused(tmp_path, capsys):
+  put(tmp_path / "wan", tensors_of(DENSE), {**CFG, "num_attention_heads": 4})
+  error = refused(capsys, tmp_path / "wan", tmp_path / "ours")
+  assert "contradicts itself: num_heads is 2, and num_attention_heads 4" in error
+
+
+def test_a_configuration_of_another_program_is_not_followed(tmp_path, capsys):
+  put(tmp_path / "wan", cfg={"model_type": "llama", "hidden_size": 7, "num_attention_heads": 9})
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+  assert "config.json is of no dit, and was not followed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "cfg",
+  [{"dim": 64, "num_layers": 2}, {**CFG, "_class_name": "FluxTransformer2DModel"},
+   {"model_type": "ti2v"}, {**CFG, "eps": -1}],
+)  # fmt: skip
+def test_a_configuration_that_is_blamed_is_named(tmp_path, capsys, cfg):
+  config = put(tmp_path / "wan", cfg=cfg) / "config.json"
+  error = refused(capsys, tmp_path / "wan", tmp_path / "ours")
+  assert f"So says {config}: bring the model's own, or move it away." in error
+  if cfg.get("eps") != -1:
+    config.unlink()
+    assert convert(tmp_path / "wan", tmp_path / "ours") == 0
+
+
+@pytest.mark.parametrize("name", ["high_noise_model", "transformer_2"])
+def test_two_transformers_that_take_turns_are_refused(tmp_path, capsys, name):
+  put(tmp_path / "wan" / name)
+  put(tmp_path / "wan")
+  for args in ((), ("--model", "dit")):
+    error = refused(capsys, tmp_path / "wan", tmp_path / "ours", *args)
+    assert f"is of Wan 2.2, with two transformers (one in {name})" in error
+  assert "holds no vae" in refused(capsys, tmp_path / "wan", tmp_path / "x", "--model", "vae")
+
+
+def test_a_mark_before_the_text_is_no_damage(tmp_path):
+  """Some editors write it."""
+  config = put(tmp_path / "wan") / "config.json"
+  config.write_text("\ufeff" + config.read_text(), encoding="utf-8")
+  assert convert(tmp_path / "wan", tmp_path / "ours") == 0
 
 
 def corrupt(data, how):

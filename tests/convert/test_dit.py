@@ -1,10 +1,11 @@
+import contextlib
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
-from hfjax.convert import dit
+from hfjax.convert import CheckpointError, dit
 from hfjax.models import wan
 from hfjax.models.presets import PRESETS
 from tests.helpers import MODEL, random_params
@@ -108,6 +109,8 @@ def test_architecture_from_a_published_config():
     ({"dim": None, "num_heads": None}, "does not tell dim, heads"),
     ({"qk_norm": False}, "has qk_norm False; .* where it is True"),
     ({"cross_attn_norm": False}, "has cross_attn_norm False"),
+    ({"model_type": "flf2v"}, "By its model_type this is Wan 2.1 FLF2V"),
+    ({"model_type": "ti2v"}, "By its model_type this is Wan 2.2 TI2V, .* only Wan 2.1's text-to"),
     ({"model_type": "vace"}, "model_type 'vace'; .* 't2v' or 'i2v'"),
     ({"_class_name": "FluxTransformer2DModel"}, "is of a FluxTransformer2DModel"),
     ({"in_channels": 36}, "contradicts itself: in_dim is 16, and in_channels 36"),
@@ -120,6 +123,40 @@ def test_other_architectures_are_refused(change, sentence):
   cfg = {k: v for k, v in {**CFG, **change}.items() if v is not None}
   with pytest.raises(ValueError, match=sentence):
     dit.config_from_original(cfg, linear=False)
+
+
+@pytest.mark.parametrize(
+  ("names", "sizes", "sentence"),
+  [
+    (["img_emb.proj.0.weight", "img_emb.emb_pos"], (5120, 36, 16), "this is Wan 2.1 FLF2V"),
+    (["condition_embedder.image_embedder.pos_embed"], (5120, 36, 16), "this is Wan 2.1 FLF2V"),
+    ([], (5120, 36, 16), "this is Wan 2.2 I2V, .* hfjax has only Wan 2.1's"),
+    ([], (3072, 48, 48), "this is Wan 2.2 TI2V"),
+    (["img_emb.proj.0.weight"], (5120, 36, 16), None),
+    ([], (5120, 16, 16), None),
+  ],
+)
+def test_models_of_the_family_that_are_not_there_are_named(names, sizes, sentence):
+  expect = pytest.raises(CheckpointError, match=sentence) if sentence else contextlib.nullcontext()
+  with expect:
+    dit.check_family(names, *sizes)
+
+
+@pytest.mark.parametrize(
+  ("cfg", "owned"),
+  [
+    (CFG, True),
+    ({"_class_name": "WanTransformer3DModel"}, True),
+    ({"_class_name": "CausalWanModel"}, True),
+    ({"model_type": "ti2v"}, True),
+    ({"dim": 1536, "num_layers": 30}, True),
+    ({"model_type": "llama", "num_hidden_layers": 30, "num_attention_heads": 12}, False),
+    ({"lr": 1e-4, "eps": 1e-8, "model_type": None}, False),
+    ({}, False),
+  ],
+)
+def test_configurations_of_other_programs_are_told_apart(cfg, owned):
+  assert dit.owns(cfg) == owned
 
 
 def test_diffusers_names():

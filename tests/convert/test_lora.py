@@ -67,6 +67,30 @@ def test_updates_that_do_not_fit_are_refused(tmp_path, update, sentence):
     lora.merge(parts, tmp_path / "l.safetensors")
 
 
+@pytest.mark.parametrize(
+  ("names", "sentence"),
+  [
+    ([f"{Q}.dora_scale"], "is a DoRA"),
+    ([f"{Q}.lora_magnitude_vector.weight"], "is a DoRA"),
+    ([f"{Q}.lora_magnitude_vector"], "is a DoRA"),
+    (["lora_unet_blocks_1_self_attn_q.hada_w1_a"], "is a LoHa"),
+    ([f"{Q}.lokr_w1"], "is a LoKr"),
+    ([f"{Q}.oft_blocks"], "is an OFT"),
+    ([f"{Q}.lora_B.bias"], "with biases of its own"),
+    ([f"{Q}.lora_B.default.bias"], "with biases of its own"),
+    (["diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight"], "is of an image-to-video model"),
+    (["transformer.blocks.0.attn2.add_v_proj.lora_A.weight"], "is of an image-to-video model"),
+    (["lora_unet_blocks_0_cross_attn_v_img.lora_down.weight"], "is of an image-to-video model"),
+    (["diffusion_model.img_emb.proj.1.lora_A.weight"], "is of an image-to-video model"),
+    (["transformer.condition_embedder.image_embedder.ff.net.0.proj.lora_A.weight"], "is of an ima"),
+  ],
+)  # fmt: skip
+def test_updates_of_other_kinds_are_named(tmp_path, names, sentence):
+  with pytest.raises(CheckpointError, match=rf"{sentence}.* 1 of its tensors fit no weight: "):
+    merged(tmp_path, {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": UP,
+                      **{n: np.ones((4, 32), np.float32) for n in names}})  # fmt: skip
+
+
 def test_whole_differences_are_added(tmp_path):
   put(tmp_path / "wan")
   update = {f"{Q}.diff": np.ones((32, 32), np.float32), f"{Q}.diff_b": np.ones(32, np.float32)}

@@ -113,6 +113,14 @@ def test_tied_embeddings_may_come_under_either_name(tmp_path):
     put(tmp_path / str(n), {**theirs, **extra}, cfg, "model.safetensors")
     part = checkpoint.open_parts(tmp_path / str(n))[0]
     same({k: t.read() for k, t in part.tensors.items()}, TENSORS["umt5"])
+    # They go back under the names that they had.
+    assert convert(tmp_path / str(n), tmp_path / f"ours{n}") == 0
+    assert convert(tmp_path / f"ours{n}", tmp_path / f"back{n}", "--to", "diffusers") == 0
+    back = load_file(tmp_path / f"back{n}" / "text_encoder" / "model.safetensors")
+    same(back, {**theirs, **extra})
+  assert convert(tmp_path / "ours2", tmp_path / "original", "--to", "original") == 0
+  stem = kind.stems["original"]
+  same(load_file(tmp_path / "original" / f"{stem}.safetensors"), TENSORS["umt5"])
 
 
 def test_tied_embeddings_that_differ_are_refused(tmp_path, capsys):
@@ -145,6 +153,14 @@ def test_configurations_of_pipelines_are_held_against_the_tensors(tmp_path, name
   put(tmp_path / "x", theirs, {**kind.published(config, "diffusers"), **change})
   with pytest.raises(CheckpointError, match=sentence):
     checkpoint.open_parts(tmp_path / "x")
+
+
+def test_the_autoencoder_of_another_family_is_named():
+  shapes = dict(KINDS["vae"].table(CONFIGS["vae"]).shapes)
+  first = shapes["encoder.conv1.weight"]
+  shapes["encoder.conv1.weight"] = (first[0], 12, *first[2:])
+  with pytest.raises(CheckpointError, match="takes pixels of 12 channels, as that of Wan 2.2"):
+    KINDS["vae"].infer(shapes, {}, [])
 
 
 def test_latent_statistics_come_from_the_configuration(tmp_path):

@@ -92,12 +92,6 @@ def test_transformers_names():
     table.diffusers_name("blocks.0.attn.bias.weight")
 
 
-def test_tied_names():
-  assert names.tied_to("encoder.embed_tokens.weight") == "shared.weight"
-  assert names.tied_to("shared.weight") == "shared.weight"
-  assert names.tied_to("encoder.final_layer_norm.weight") == "encoder.final_layer_norm.weight"
-
-
 def test_other_tensors_than_expected_are_listed():
   tensors = names.to_original(MODEL, random_params())
   tensors.pop("norm.weight")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import re
@@ -106,6 +107,16 @@ def test_the_folder_of_a_trainer(tmp_path, capsys):
 def test_averages_alone_are_taken_and_said(tmp_path):
   torch.save({"generator_ema": wrapped(EMA)}, tmp_path / "model.pt")
   assert "moving averages of weights (generator_ema)" in checkpoint.open_parts(tmp_path)[0].notes[0]
+
+
+def test_configurations_of_other_programs_beside_the_file(tmp_path, capsys):
+  torch.save({"generator": prefixed("model.")}, tmp_path / "model.pt")
+  config = tmp_path / "config.json"
+  config.write_text(json.dumps({"lr": 1e-4, "model_type": "trainer", "num_layers": 7}))
+  same(read(tmp_path / "model.pt"), TENSORS)
+  config.write_text(json.dumps({"dim": 7, "num_layers": 7}))
+  error = refused(capsys, tmp_path / "model.pt", tmp_path / "ours")
+  assert f"So says {config}: bring the model's own, or move it away." in error
 
 
 def test_random_objects_never_give_a_traceback(tmp_path):
