@@ -8,7 +8,6 @@ at the ratio 0.2 under flat keys.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from kernel_cases import (
   STREAM,
   Size,
   available,
+  commit,
   draw,
   milliseconds,
   milliseconds_in_one,
@@ -31,7 +31,6 @@ from kernel_cases import (
 import pallas_kernels
 from pallas_kernels import attention, triton_map
 
-ROOT = Path(__file__).resolve().parent.parent
 RATIO = 0.2  # of the flat keys
 SETS = 4
 # Kinds of calls: key in the JSON file, query rows and keys of a block, two buffers, backward.
@@ -93,13 +92,10 @@ def time_block_map(size: Size, backend: str) -> dict[str, dict[str, Any]]:
   return {name: {"ms": milliseconds_in_one(call, sets)} for name, call in calls.items()}
 
 
-def commit() -> str:
-  """Commit of the working tree, if git knows."""
-  try:
-    run = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return "unknown"
+def measured(argv: list[str]) -> list[str]:
+  """The arguments that have to do with what is measured, for the record."""
+  rest = iter(argv)
+  return [x for x in rest if not (x in ("--out", "--commit") and next(rest, x))]
 
 
 def main(argv: list[str]) -> int:
@@ -132,7 +128,7 @@ def main(argv: list[str]) -> int:
     "device": device.device_kind,
     "jax": jax.__version__,
     "commit": args.commit or commit(),
-    "command": " ".join(["python tools/benchmark.py kernels", *argv]),
+    "command": " ".join(["python tools/benchmark.py kernels", *measured(argv)]),
   }
 
   def save():

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_cases import STREAM, Size, available, draw, problem
+from kernel_cases import STREAM, Size, available, commit, draw, problem
 
 import pallas_kernels
 from hfjax.models import wan
@@ -158,9 +158,11 @@ def main(argv: list[str] | None = None) -> int:
   """Command line; the exit status."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
   parser.add_argument("--backends", nargs="+", choices=attention.BACKENDS)
-  parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+  parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES),
+                      help="all by default; none: block map and rollout only")  # fmt: skip
   parser.add_argument("--repeats", type=int, default=20)
   parser.add_argument("--seed", type=int, help="random by default")
+  parser.add_argument("--commit", help="commit to record; git's by default")
   parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
   args = parser.parse_args(argv)
   if args.repeats < 1:
@@ -178,8 +180,22 @@ def main(argv: list[str] | None = None) -> int:
   if not names:
     print("check_gpu: there is no backend to check on this machine.", file=sys.stderr)
     return 2
-  result: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "seed": seed}
+  result: dict[str, Any] = {
+    "device": device.device_kind,
+    "jax": jax.__version__,
+    "commit": args.commit or commit(),
+    "seed": seed,
+    "repeats": args.repeats,
+    "ok": None,  # until all is done
+  }
   well = True
+
+  def save():
+    """After every row, so that a run that is stopped keeps its figures."""
+    if args.out is not None:
+      args.out.parent.mkdir(parents=True, exist_ok=True)
+      args.out.write_text(json.dumps(result, indent=2) + "\n")
+
   for name in names:
     for case in args.cases:
       for dtype in ALLOWED:
@@ -188,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
           continue
         result.setdefault(name, {})[f"{case}, {dtype}"] = row
         well &= row["ok"]
+        save()
         errors = " ".join(f"{k} {e:.1e}" for k, e in row["errors"].items())
         verdict = "ok" if row["ok"] else "FAIL"
         bits = "same bits" if row["same_bits"] else "DIFFERENT BITS"
@@ -207,12 +224,11 @@ def main(argv: list[str] | None = None) -> int:
     ok = off <= 1.5 * plain + 1e-2
     well &= ok
     result["rollout"][name] = off
+    save()
     print(f"{name:11} rollout of 4 chunks, bfloat16: off float32 by {off:.2e}, plain JAX by "
           f"{plain:.2e} {'ok' if ok else 'FAIL'}", flush=True)  # fmt: skip
   result["ok"] = well
-  if args.out is not None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+  save()
   return 0 if well else 1
 
 

@@ -2,8 +2,10 @@
 
 import functools
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +77,15 @@ def available(size: Size, backends: Sequence[str], dtype=jnp.bfloat16) -> dict[s
   return {
     name: attention.BACKENDS[name].unsupported(problem(size, name), inputs) for name in backends
   }
+
+
+def commit() -> str:
+  """Commit of the working tree, if git knows."""
+  try:
+    run = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
 
 
 def milliseconds(call: Callable, sets: Sequence[Any], calls: int = 40, repeats: int = 7) -> float:

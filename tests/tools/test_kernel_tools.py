@@ -35,6 +35,7 @@ def test_the_benchmark_writes_its_figures(tmp_path, capsys):
   for key in ("forward_64x64_ms", "backward_64x64_ms", "block_map_ms", "forward_128x64_ms",
               "two_buffer_forward_64x64_ms", "dense_cudnn_ms"):  # fmt: skip
     assert figures[key] > 0, key
+  assert figures["command"] == "python tools/benchmark.py kernels --ratios 0.2"
   assert figures["commit"] == "abc" and "xla" in figures["backends"]
   text = capsys.readouterr().out
   assert "tpu is left out: it runs on TPUs." in text and "TFLOP/s" in text
@@ -50,6 +51,19 @@ def test_the_check_passes_what_is_right(tmp_path, capsys):
   assert check_gpu.main([*CASES, "--out", str(out)]) == 0
   assert json.loads(out.read_text())["ok"] is True
   assert capsys.readouterr().out.count(" ok") == 4  # two dtypes, block map, rollout
+
+
+def test_a_check_that_is_stopped_keeps_its_figures(tmp_path, monkeypatch):
+  def stop(seed):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(check_gpu, "check_block_map", stop)
+  out = tmp_path / "check.json"
+  with pytest.raises(KeyboardInterrupt):
+    check_gpu.main([*CASES, "--out", str(out), "--commit", "abc"])
+  figures = json.loads(out.read_text())
+  assert figures["ok"] is None and figures["commit"] == "abc"
+  assert set(figures["xla"]) == {"short, bfloat16", "short, float32"}
 
 
 @pytest.mark.parametrize("what", ["out", "lse", "dk", "bits"])
