@@ -25,12 +25,12 @@ from hfjax.models.geometry import VARIANTS
 
 def convert(args: argparse.Namespace):
   """Reads all of SRC's models, then writes them; CheckpointError with a sentence if it cannot."""
-  path, target = user_path(args.source), user_path(args.target)
-  with write.replace_folder(target, args.overwrite, path) as folder:
+  source, target = user_path(args.source), user_path(args.target)
+  with write.replace_folder(target, args.overwrite, source) as folder:
     checkpoint.check_layout(target, args.to)
-    parts = checkpoint.open_parts(path, args.model, args.variant, args.ema)
-    for path in args.lora:
-      parts = lora.merge(parts, *lora.parse(path))
+    parts = checkpoint.open_parts(source, args.model, args.variant, args.ema)
+    for spec in args.lora:
+      parts = lora.merge(parts, *lora.parse(spec))
     rows = [checkpoint.entries(part, args.to, args.dtype)[0] for part in parts]
     total = sum(entry.nbytes for row in rows for entry in row)
     for part in parts:
@@ -45,7 +45,7 @@ def convert(args: argparse.Namespace):
         place.mkdir(exist_ok=True)
         checkpoint.write_part(part, place, args.to, args.dtype, bar.update)
     if any(part.kind.name == "umt5" for part in parts):
-      checkpoint.copy_tokenizer(path, folder, args.to)
+      checkpoint.copy_tokenizer(source, folder, args.to)
   print(f"Wrote {args.target}, {total / 1e9:.2f} GB.", flush=True)
 
 

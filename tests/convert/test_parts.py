@@ -44,6 +44,21 @@ def wan_folder(folder):
   return folder
 
 
+def test_an_update_leaves_the_other_models_and_the_tokenizer(tmp_path):
+  wan_folder(tmp_path / "wan")
+  weight = "blocks.0.self_attn.q.weight"
+  change = np.ones_like(TENSORS["dit"][weight])
+  put(tmp_path, {weight.removesuffix("weight") + "diff": change}, name="style.safetensors")
+  args = ("--lora", str(tmp_path / "style.safetensors"), "--to", "original")
+  assert convert(tmp_path / "wan", tmp_path / "out", *args) == 0
+  for name in PIPELINE:
+    expected = dict(TENSORS[name])
+    if name == "dit":
+      expected[weight] = expected[weight] + change
+    same(load_file(tmp_path / "out" / f"{KINDS[name].stems['original']}.safetensors"), expected)
+  assert (tmp_path / "out" / "google" / "umt5-xxl" / "tokenizer.json").is_file()
+
+
 def test_a_whole_original_folder_goes_everywhere_and_back(tmp_path, capsys):
   wan_folder(tmp_path / "wan")
   for source, target, to in (
