@@ -1,5 +1,6 @@
 """A stream driven from Python, chunk by chunk, with one compilation for any length."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,12 @@ from jaxtyping import Array, Float
 
 from hfjax.models import wan
 from hfjax.streaming.config import StreamConfig
+from hfjax.streaming.replay import History, replay, restart, take
 from hfjax.streaming.state import init_state
-from hfjax.streaming.step import chunk_step, context_step, draw_noise
+from hfjax.streaming.step import chunk_step, draw_noise
+
+# Latent frames that are kept for another prompt: a clip as models are trained on.
+KEPT = 21
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -20,13 +25,11 @@ def _advance(config, params, state, keys):
   return chunk_step(config, params, state, draw_noise(config, keys, state.chunk))
 
 
-_take = jax.jit(context_step, static_argnames="config", donate_argnames="state")
-
-
 class Stream:
   """Iterates over chunks of clean latents `[b f y x c]`, without end.
 
   state: the stream's state after the chunks taken so far; it is donated to the next chunk.
+  history: clean latents of the sink and of the last frames, which another prompt is applied to.
   """
 
   def __init__(
@@ -35,16 +38,38 @@ class Stream:
     params: wan.Params,
     context: Float[Array, "b t w"],
     seeds: Sequence[int] | int = 0,
+    kept: int = KEPT,
   ):
     """Begins a stream per row of `context`.
 
     seeds: one per sample, or one for all, from which each sample takes its own noise.
+    kept: latent frames that are kept for a change of prompt, at least those of the window.
     """
     self.config, self.params = config, params
-    context = jnp.asarray(context)
-    text = wan.text_keys(config.model, params, context, config.compute_dtype)
-    self.state = init_state(config, text)
-    self.keys = sample_keys(seeds, context.shape[0])
+    self.context = self._padded(context)
+    self.state = init_state(config, self._text(self.context))
+    self.keys = sample_keys(seeds, self.context.shape[0])
+    g = config.geometry
+    self.history = History(g.sink, max(kept, g.window))
+    self._blend: _Blend | None = None
+
+  def warm_up(self):
+    """Compiles all that the stream will need, other prompts included, before it begins.
+
+    Raises ValueError if it has begun.
+    """
+    g, m = self.config.geometry, self.config.model
+    if self.history.total:
+      raise ValueError(
+        f"{self.history.total} frames have been made already; warm a stream up before its first."
+      )
+    batch, text = self.context.shape[0], self._text(self.context)
+    for frames in {g.chunk, g.sink % g.chunk} - {0}:
+      blank = jnp.zeros((batch, frames, g.height, g.width, m.in_dim))
+      self.state = take(self.config, self.params, self.state, blank)
+    self.state, _ = _advance(self.config, self.params, self.state, self.keys)
+    self.state = restart(self.state, text, jnp.float32(0))
+    jax.block_until_ready(self.state.length)
 
   def extend(self, latents: Float[Array, "b f y x c"]):
     """Takes given clean latents as the next frames (an image, or a clip to continue).
@@ -62,14 +87,78 @@ class Stream:
     chunk = self.config.geometry.chunk
     cuts = [0, *range(frames % chunk or chunk, frames + 1, chunk)]
     for start, stop in itertools.pairwise(cuts):
-      self.state = _take(self.config, self.params, self.state, latents[:, start:stop])
+      piece = latents[:, start:stop]
+      self.state = take(self.config, self.params, self.state, piece)
+      self.history.add(piece)
+
+  def set_context(self, context: Float[Array, "b t w"], blend: int = 0, share: float = 0.0):
+    """Goes on under another prompt.
+
+    blend: chunks over which the text moves from the old prompt to the new one, evenly; by default
+      the next chunk has the new one. When it is there, keys and values of the window, the sink's
+      included, are computed anew under it, from their latents.
+    share: 0 makes the linear memory anew as well, of the latents that are kept; otherwise it stays,
+      and counts as this share of its frames (see `replay`).
+
+    Raises ValueError on text of another model or batch, a blend below 0 or a share not from 0 to 1.
+    """
+    if not isinstance(blend, int) or blend < 0:
+      raise ValueError(f"The blend is {blend!r} chunks; give a whole number, 0 for none.")
+    if not 0 <= share <= 1:
+      raise ValueError(f"The share of the memory is {share}; give a number from 0 to 1.")
+    context = self._padded(context)
+    if context.shape != self.context.shape:
+      raise ValueError(
+        f"The stream has {self.context.shape[0]} samples, and the new text {context.shape[0]}; "
+        "give a row for each sample."
+      )
+    self._blend = _Blend(self.context, context, blend, share)
+    if not blend:
+      self._finish_blend(self._blend)
 
   def __iter__(self) -> Iterator[Float[Array, "b f y x c"]]:
     return self
 
   def __next__(self) -> Float[Array, "b f y x c"]:
+    if self._blend is not None:
+      self._step_blend(self._blend)
     self.state, x0 = _advance(self.config, self.params, self.state, self.keys)
+    self.history.add(x0)
     return x0
+
+  def _padded(self, context) -> Float[Array, "b t w"]:
+    """Text of full length, so that prompts of any length share one compilation."""
+    context = jnp.asarray(context)
+    wan.check_context(self.config.model, context)
+    rows = self.config.model.text_len - context.shape[1]
+    return jnp.pad(context, ((0, 0), (0, rows), (0, 0)))
+
+  def _text(self, context):
+    return wan.text_keys(self.config.model, self.params, context, self.config.compute_dtype)
+
+  def _step_blend(self, blend: "_Blend"):
+    blend.done += 1
+    if blend.done == blend.chunks:
+      self._finish_blend(blend)
+      return
+    self.context = blend.start + blend.done / blend.chunks * (blend.end - blend.start)
+    self.state = self.state._replace(text=self._text(self.context))
+
+  def _finish_blend(self, blend: "_Blend"):
+    self._blend, self.context = None, blend.end
+    text = self._text(blend.end)
+    self.state = replay(self.config, self.params, self.state, text, self.history, blend.share)
+
+
+@dataclasses.dataclass
+class _Blend:
+  """A change of prompt under way, over a number of chunks."""
+
+  start: Array
+  end: Array
+  chunks: int
+  share: float
+  done: int = 0
 
 
 def sample_keys(seeds: Sequence[int] | int, batch: int):
