@@ -51,7 +51,7 @@ class Stream:
     self.keys = sample_keys(seeds, self.context.shape[0])
     g = config.geometry
     self.history = History(g.sink, max(kept, g.window))
-    self._blend: _Blend | None = None
+    self.blend: Blend | None = None
 
   def warm_up(self):
     """Compiles all that the stream will need, other prompts included, before it begins.
@@ -112,16 +112,16 @@ class Stream:
         f"The stream has {self.context.shape[0]} samples, and the new text {context.shape[0]}; "
         "give a row for each sample."
       )
-    self._blend = _Blend(self.context, context, blend, share)
+    self.blend = Blend(self.context, context, blend, share)
     if not blend:
-      self._finish_blend(self._blend)
+      self._finish_blend(self.blend)
 
   def __iter__(self) -> Iterator[Float[Array, "b f y x c"]]:
     return self
 
   def __next__(self) -> Float[Array, "b f y x c"]:
-    if self._blend is not None:
-      self._step_blend(self._blend)
+    if self.blend is not None:
+      self._step_blend(self.blend)
     self.state, x0 = _advance(self.config, self.params, self.state, self.keys)
     self.history.add(x0)
     return x0
@@ -136,7 +136,7 @@ class Stream:
   def _text(self, context):
     return wan.text_keys(self.config.model, self.params, context, self.config.compute_dtype)
 
-  def _step_blend(self, blend: "_Blend"):
+  def _step_blend(self, blend: "Blend"):
     blend.done += 1
     if blend.done == blend.chunks:
       self._finish_blend(blend)
@@ -144,14 +144,14 @@ class Stream:
     self.context = blend.start + blend.done / blend.chunks * (blend.end - blend.start)
     self.state = self.state._replace(text=self._text(self.context))
 
-  def _finish_blend(self, blend: "_Blend"):
-    self._blend, self.context = None, blend.end
+  def _finish_blend(self, blend: "Blend"):
+    self.blend, self.context = None, blend.end
     text = self._text(blend.end)
     self.state = replay(self.config, self.params, self.state, text, self.history, blend.share)
 
 
 @dataclasses.dataclass
-class _Blend:
+class Blend:
   """A change of prompt under way, over a number of chunks."""
 
   start: Array
