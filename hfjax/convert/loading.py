@@ -50,10 +50,7 @@ def load(
   """
   if model not in KINDS:
     raise CheckpointError(f"There is no model {model!r}; load one of {', '.join(KINDS)}.")
-  path = source.user_path(path_or_hub_id)
-  write.check_whole(path)
-  if not os.path.lexists(path):
-    path = _download(str(path_or_hub_id))
+  path = locate(path_or_hub_id)
   place = sharding or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   dtype = _dtype(dtype)
   folder = checkpoint.hfjax_models(path).get(model)
@@ -75,6 +72,16 @@ def load(
   rows, _ = checkpoint.entries(part, "hfjax", None)
   folded = {entry.name: _fold(entry) for entry in rows}
   return Loaded(part.config, _put(folded, place, dtype), part.variant)
+
+
+def locate(path_or_hub_id: str | Path) -> Path:
+  """The local file or folder, or a local copy of the Hub's repository, downloaded if need be.
+
+  Raises CheckpointError if there is none, or if a conversion has not ended there.
+  """
+  path = source.user_path(path_or_hub_id)
+  write.check_whole(path)
+  return path if os.path.lexists(path) else _download(str(path_or_hub_id))
 
 
 def _dtype(dtype: Any) -> np.dtype | None:

@@ -1,0 +1,165 @@
+"""All networks between a prompt and pixels, loaded together."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hfjax import convert, text
+from hfjax.models import taehv, umt5, vae, wan
+from hfjax.models.presets import PRESETS, WanConfig
+from hfjax.streaming.pixels import Autoencoder
+
+# By the names that people give: the model of convert.load, and its network.
+AUTOENCODERS = {"full": ("vae", vae), "tiny": ("taehv", taehv)}
+
+
+class Pipeline(NamedTuple):
+  """A video model with all that is around it.
+
+  encode: text context `[b t w]`, in float32, of a list of prompts. variant: semantics that the
+  weights were trained with, a name in `geometry.VARIANTS`; None if it is not known.
+  """
+
+  config: WanConfig
+  params: wan.Params
+  variant: str | None
+  encode: Callable[[Sequence[str]], Float[Array, "b t w"]]
+  autoencoder: Autoencoder
+
+
+class TextEncoder:
+  """UMT5 with its tokenizer; weights are loaded when the first prompt comes."""
+
+  def __init__(self, path: Path, config: WanConfig, dtype: Any):
+    self.path, self.dtype, self.model = path, dtype, config
+    self.tokenizer = text.Tokenizer.load(path, config.text_len)
+
+  @functools.cached_property
+  def loaded(self) -> convert.Loaded:
+    """The network; CheckpointError if it does not fit the transformer or the tokenizer."""
+    loaded = convert.load(self.path, "umt5", dtype=self.dtype)
+    if loaded.config.dim != self.model.text_dim:
+      raise convert.CheckpointError(
+        f"The text encoder in {self.path} gives rows of {loaded.config.dim} numbers, and the "
+        f"transformer takes {self.model.text_dim}; bring the two that were trained together."
+      )
+    if self.tokenizer.vocab > loaded.config.vocab:
+      raise convert.CheckpointError(
+        f"The tokenizer in {self.path} has {self.tokenizer.vocab} ids, and the text encoder knows "
+        f"{loaded.config.vocab}; use the tokenizer that the encoder was trained with."
+      )
+    return loaded
+
+  def __call__(self, prompts: Sequence[str]) -> Float[Array, "b t w"]:
+    tokens = self.tokenizer(prompts)
+    config, params, _ = self.loaded
+    return _encode(config, self.dtype, params, tokens.ids, tokens.length)
+
+  def surplus(self, prompt: str) -> int:
+    """Tokens of a prompt that are cut off, as there is no room for them."""
+    return max(0, len(self.tokenizer.split(text.clean(prompt))) + 1 - self.tokenizer.text_len)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(config, dtype, params, ids, length):
+  return umt5.encode(config, params, ids, length, dtype).astype(jnp.float32)
+
+
+class RandomText:
+  """Stands for a text encoder: rows of noise that depend on the prompt alone, one for each word."""
+
+  def __init__(self, config: WanConfig):
+    self.config = config
+
+  def __call__(self, prompts: Sequence[str]) -> Float[Array, "b t w"]:
+    rows = np.zeros((len(prompts), self.config.text_len, self.config.text_dim), np.float32)
+    for row, prompt in zip(rows, prompts, strict=True):
+      words = text.clean(prompt).split()[: len(row)]
+      for place, word in enumerate(words):
+        seed = int.from_bytes(hashlib.sha256(f"{place} {word}".encode()).digest()[:8])
+        row[place] = np.random.default_rng(seed).standard_normal(row.shape[1])
+    return jnp.asarray(rows)
+
+  def surplus(self, prompt: str) -> int:
+    """Words that are cut off."""
+    return max(0, len(text.clean(prompt).split()) - self.config.text_len)
+
+
+def load(path_or_hub_id: str | Path, autoencoder: str = "full", dtype: Any = None) -> Pipeline:
+  """A pipeline from a folder of weights, from the Hub, or with random ones: "random:hybrid-1.3b".
+
+  autoencoder: "full" or "tiny". dtype: of the weights and of text encoder and autoencoder, bfloat16
+  by default.
+
+  Raises CheckpointError on what cannot be loaded, or does not fit together.
+  """
+  if autoencoder not in AUTOENCODERS:
+    raise convert.CheckpointError(
+      f"There is no autoencoder {autoencoder!r}; choose one of {', '.join(AUTOENCODERS)}."
+    )
+  dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
+  name = str(path_or_hub_id)
+  if name.startswith("random:"):
+    return _random(name.removeprefix("random:"), autoencoder, dtype)
+  path = convert.locate(path_or_hub_id)
+  config, params, variant = convert.load(path, "dit", dtype=dtype)
+  kind, _ = AUTOENCODERS[autoencoder]
+  decoder = convert.load(path, kind, dtype=dtype)
+  _check_latents(path, config, decoder.config)
+  try:
+    encode = TextEncoder(path, config, dtype)
+  except (FileNotFoundError, ValueError) as e:
+    raise convert.CheckpointError(str(e)) from e
+  return Pipeline(
+    config, params, variant, encode, Autoencoder(kind, decoder.config, decoder.params, dtype)
+  )
+
+
+def _check_latents(path: Path, config: WanConfig, autoencoder: Any):
+  if autoencoder.z_dim != config.out_dim:
+    raise convert.CheckpointError(
+      f"In {path} the transformer makes latents of {config.out_dim} channels, and the autoencoder "
+      f"has {autoencoder.z_dim}; bring the two that were trained together."
+    )
+
+
+# Small autoencoders for small transformers, so that pictures of noise are quickly made.
+_SMALL = {
+  "vae": vae.VaeConfig(dim=8, z_dim=16, mean=vae.WAN21.mean, std=vae.WAN21.std),
+  "taehv": taehv.TaehvConfig(encoder_dim=8, decoder_dims=(16, 8, 8, 8), memory_blocks=1),
+}
+_FULL = {"vae": vae.WAN21, "taehv": taehv.TAEHV}
+
+
+def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
+  known = {_plain(preset): preset for preset in PRESETS}
+  if _plain(name) not in known:
+    raise convert.CheckpointError(
+      f"There is no model {name!r} to draw weights for; choose one of {', '.join(PRESETS)}."
+    )
+  config = PRESETS[known[_plain(name)]]
+  kind, network = AUTOENCODERS[autoencoder]
+  sizes = (_SMALL if config.dim < 512 else _FULL)[kind]
+  variant = "paper" if config.linear else "reference_dense"
+  draw = lambda init, sizes, seed: jax.jit(
+    lambda key: jax.tree.map(lambda x: x.astype(dtype), init(sizes, key))
+  )(jax.random.key(seed))
+  return Pipeline(
+    config,
+    draw(wan.init_params, config, 0),
+    variant,
+    RandomText(config),
+    Autoencoder(kind, sizes, draw(network.init_params, sizes, 1), dtype),
+  )
+
+
+def _plain(name: str) -> str:
+  return re.sub(r"[^a-z0-9]", "", name.lower())
