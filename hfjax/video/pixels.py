@@ -7,9 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from av.video.reformatter import Interpolation
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+# swscale's fast conversion to RGB, which is its default, darkens by 1 to 1.5 levels.
+SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 Size = tuple[int, int]  # columns and rows, as in 832 x 480
 
 

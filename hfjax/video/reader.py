@@ -12,7 +12,16 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from jaxtyping import UInt8
 
-from hfjax.video.pixels import Size, VideoError, as_rate, check_size, cover, cover_note, rate_text
+from hfjax.video.pixels import (
+  SCALING,
+  Size,
+  VideoError,
+  as_rate,
+  check_size,
+  cover,
+  cover_note,
+  rate_text,
+)
 
 _UNSPECIFIED = 2  # a colour space, in FFmpeg's numbering
 _HD_ROWS = 720
@@ -108,7 +117,8 @@ class VideoReader:
     Colours are what the frame says of itself, or else BT.601 in small frames, BT.709 in large ones.
     """
     guess = frame.colorspace == _UNSPECIFIED and frame.height >= _HD_ROWS
-    pixels = frame.to_ndarray(format="rgb24", src_colorspace=Colorspace.ITU709 if guess else None)
+    space = Colorspace.ITU709 if guess else None
+    pixels = frame.to_ndarray(format="rgb24", src_colorspace=space, interpolation=SCALING)
     return np.rot90(pixels, round(frame.rotation / 90) % 4)
 
 
