@@ -6,7 +6,8 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 PIXEL_CHANNELS = 3
 
@@ -41,6 +42,23 @@ def scan_pieces(
   pieces = einops.rearrange(rest, "b (n t) y x c -> n b t y x c", t=size)
   _, more = jax.lax.scan(body, cache, pieces)
   return jnp.concatenate([first, einops.rearrange(more, "n b t y x c -> b (n t) y x c")], axis=1)
+
+
+def to_uint8(x: Float[Array | np.ndarray, "... 3"]) -> UInt8[Array | np.ndarray, "... 3"]:
+  """Pixels in [-1, 1] as bytes: to the nearest, clamped, NaN black.
+
+  NumPy arrays give NumPy arrays. Others are worked on by JAX, also within `jax.jit`, so that only
+  bytes leave the device. The published code truncates instead, which darkens by half a level.
+  Raises ValueError unless `x` is floating point with 3 channels at the end.
+  """
+  if not x.ndim or x.shape[-1] != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+      f"Pixels have shape {tuple(x.shape)} and dtype {x.dtype}; give floating point numbers in "
+      "[-1, 1] with 3 channels at the end."
+    )
+  xp = np if isinstance(x, np.ndarray) else jnp
+  levels = xp.nan_to_num(127.5 * x.astype(np.float32) + 127.5, nan=0)
+  return xp.round(xp.clip(levels, 0, 255)).astype(np.uint8)
 
 
 def check_latents(z: Array, channels: int):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from hfjax.models import taehv, vae
+from hfjax.models.clips import to_uint8
 
 _NETWORKS = {"vae": vae, "taehv": taehv}
 
@@ -55,11 +56,6 @@ class FrameDecoder:
     return frames[0] if len(frames) == 1 else jnp.concatenate(frames, axis=1)
 
 
-def to_bytes(x: Float[Array, "*b"]) -> UInt8[Array, "*b"]:
-  """Pixels from [-1, 1], to the nearest byte; what lies beyond is cut off."""
-  return jnp.round(127.5 * (jnp.clip(x, -1, 1) + 1)).astype(jnp.uint8)
-
-
 def from_bytes(x: UInt8[Array, "*b"]) -> Float[Array, "*b"]:
   """Pixels in [-1, 1], float32."""
   return x.astype(jnp.float32) / 127.5 - 1
@@ -68,13 +64,13 @@ def from_bytes(x: UInt8[Array, "*b"]) -> Float[Array, "*b"]:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode_first(kind, config, dtype, params, latent):
   x, cache = _NETWORKS[kind].decode_first(config, params, latent, dtype)
-  return to_bytes(x), cache
+  return to_uint8(x), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _decode(kind, config, params, cache, latents):
   x, cache = _NETWORKS[kind].decode_chunk(config, params, cache, latents)
-  return to_bytes(x), cache
+  return to_uint8(x), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

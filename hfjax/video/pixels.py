@@ -4,11 +4,9 @@ import errno
 from fractions import Fraction
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from av.video.reformatter import Interpolation
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 # swscale's fast conversion to RGB, which is its default, darkens by 1 to 1.5 levels.
@@ -18,23 +16,6 @@ Size = tuple[int, int]  # columns and rows, as in 832 x 480
 
 class VideoError(ValueError):
   """A video or image that cannot be read or written; its text is a sentence for the user."""
-
-
-def to_uint8(x: Float[jax.Array | np.ndarray, "... 3"]) -> UInt8[jax.Array | np.ndarray, "... 3"]:
-  """Pixels in [-1, 1] as bytes: to the nearest, clamped, NaN black.
-
-  NumPy arrays give NumPy arrays. Others are worked on by JAX, also within `jax.jit`, so that only
-  bytes leave the device. The published code truncates instead, which darkens by half a level.
-  Raises ValueError unless `x` is floating point with 3 channels at the end.
-  """
-  if not x.ndim or x.shape[-1] != 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-    raise ValueError(
-      f"Pixels have shape {tuple(x.shape)} and dtype {x.dtype}; give floating point numbers in "
-      "[-1, 1] with 3 channels at the end."
-    )
-  xp = np if isinstance(x, np.ndarray) else jnp
-  levels = xp.nan_to_num(127.5 * x.astype(np.float32) + 127.5, nan=0)
-  return xp.round(xp.clip(levels, 0, 255)).astype(np.uint8)
 
 
 def check_frames(frames) -> UInt8[np.ndarray, "t y x 3"]:
