@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -149,16 +150,25 @@ def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
   kind, network = AUTOENCODERS[autoencoder]
   sizes = (_SMALL if config.dim < 512 else _FULL)[kind]
   variant = "paper" if config.linear else "reference_dense"
-  draw = lambda init, sizes, seed: jax.jit(
-    lambda key: jax.tree.map(lambda x: x.astype(dtype), init(sizes, key))
-  )(jax.random.key(seed))
   return Pipeline(
     config,
-    draw(wan.init_params, config, 0),
+    _draw(wan.init_params, config, dtype, 0.05),
     variant,
     RandomText(config),
-    Autoencoder(kind, sizes, draw(network.init_params, sizes, 1), dtype),
+    Autoencoder(kind, sizes, _draw(network.init_params, sizes, dtype), dtype),
   )
+
+
+def _draw(init, sizes, dtype, noise: float = 0.0):
+  """Weights as before training, with `noise`: where they are zero, prompts would have no effect."""
+
+  @jax.jit
+  def draw(key):
+    keys = itertools.count(1)
+    spread = lambda x: jax.random.normal(jax.random.fold_in(key, next(keys)), x.shape)
+    return jax.tree.map(lambda x: (x + noise * spread(x)).astype(dtype), init(sizes, key))
+
+  return draw(jax.random.key(0))
 
 
 def _plain(name: str) -> str:

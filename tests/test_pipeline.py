@@ -17,8 +17,8 @@ from hfjax.models.taehv import TAEHV
 from hfjax.models.umt5 import Umt5Config
 from hfjax.models.vae import WAN21
 from hfjax.streaming.config import StreamConfig
+from hfjax.streaming.latent_stream import LatentStream
 from hfjax.streaming.pixels import FrameDecoder
-from hfjax.streaming.stream import Stream
 from tests.convert import helpers
 
 WORDS = ["a", "red", "square", "moves"]
@@ -72,7 +72,7 @@ def test_a_prompt_becomes_frames(weights, autoencoder):
   context = p.encode(["a red square", "a square moves"])
   assert context.shape == (2, 512, 16) and context.dtype == jnp.float32
   config = StreamConfig(p.config, Geometry(4, 6, ratio=0.5, variant=p.variant), steps=(1000, 500))
-  stream, decoder = Stream(config, p.params, context), FrameDecoder(p.autoencoder)
+  stream, decoder = LatentStream(config, p.params, context), FrameDecoder(p.autoencoder)
   frames = np.concatenate([decoder(next(stream)) for _ in range(2)], axis=1)
   assert frames.shape == (2, 21, 32, 48, 3) and frames.dtype == np.uint8
   assert np.any(frames[0] != frames[1])

@@ -5,15 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hfjax.video import read_video
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_examples_run_in_order(capsys):
+def test_examples_run_in_order(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-  assert len(blocks) == 2
+  assert len(blocks) == 3
   scope = {}
   for block in blocks:
     exec(block, scope)
+  assert len(read_video("square.mp4").frames) == 69
   assert "(1, 3, 12, 20, 16) frames so far: [15]" in capsys.readouterr().out
   assert scope["video"].shape == (1, 15, 12, 20, 16)
 

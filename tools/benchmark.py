@@ -27,9 +27,9 @@ from hfjax.models import wan
 from hfjax.models.geometry import VARIANTS, Geometry
 from hfjax.models.presets import PRESETS, preset
 from hfjax.streaming.config import StreamConfig
+from hfjax.streaming.latent_stream import sample_keys
 from hfjax.streaming.state import begin_chunk, init_state
 from hfjax.streaming.step import chunk_step, commit, denoise, draw_noise
-from hfjax.streaming.stream import sample_keys
 
 # Pixels per latent row and column, and video frames per latent frame, of the Wan VAE.
 PIXELS, FRAMES = 8, 4

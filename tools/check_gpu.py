@@ -28,9 +28,9 @@ from hfjax.models import wan
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
 from hfjax.streaming.config import StreamConfig
+from hfjax.streaming.latent_stream import sample_keys
 from hfjax.streaming.rollout import generate
 from hfjax.streaming.state import init_state
-from hfjax.streaming.stream import sample_keys
 from pallas_kernels import attention, triton_map
 from pallas_kernels.problem import Inputs
 

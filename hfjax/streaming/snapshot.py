@@ -9,11 +9,11 @@ import numpy as np
 
 from hfjax.models import wan
 from hfjax.streaming.config import StreamConfig
+from hfjax.streaming.latent_stream import Blend, LatentStream
 from hfjax.streaming.replay import History
-from hfjax.streaming.stream import Blend, Stream
 
 
-def to_arrays(stream: Stream) -> dict[str, np.ndarray]:
+def to_arrays(stream: LatentStream) -> dict[str, np.ndarray]:
   """All that a stream is, but for its configuration and parameters, on the host."""
   history, blend = stream.history, stream.blend
   tree = {
@@ -40,7 +40,7 @@ def to_arrays(stream: Stream) -> dict[str, np.ndarray]:
 
 def from_arrays(
   config: StreamConfig, params: wan.Params, arrays: Mapping[str, np.ndarray]
-) -> Stream:
+) -> LatentStream:
   """The stream that `to_arrays` was given; it goes on with the same bits.
 
   Raises ValueError, which lists what does not fit, on arrays of another configuration or of none.
@@ -51,7 +51,9 @@ def from_arrays(
       f"There are {len(arrays)} arrays, and none of them is a stream's text; give what to_arrays "
       "returned."
     )
-  stream = Stream(config, params, jnp.asarray(context), kept=int(_scalar(arrays, "history/kept")))
+  stream = LatentStream(
+    config, params, jnp.asarray(context), kept=int(_scalar(arrays, "history/kept"))
+  )
   leaves, tree = jax.tree.flatten(stream.state)
   names = list(_named({"state": stream.state}))
   wrong = [

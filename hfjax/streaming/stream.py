@@ -1,178 +1,167 @@
-"""A stream driven from Python, chunk by chunk, with one compilation for any length."""
+"""A video that does not end, from a prompt: frames come while they are made."""
 
-import dataclasses
-import functools
-import itertools
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, UInt8
 
-from hfjax.models import wan
+from hfjax.models.geometry import Geometry
 from hfjax.streaming.config import StreamConfig
-from hfjax.streaming.replay import History, replay, restart, take
-from hfjax.streaming.state import init_state
-from hfjax.streaming.step import chunk_step, draw_noise
+from hfjax.streaming.latent_stream import KEPT, LatentStream
+from hfjax.streaming.pixels import FrameDecoder
 
-# Latent frames that are kept for another prompt: a clip as models are trained on.
-KEPT = 21
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def _advance(config, params, state, keys):
-  return chunk_step(config, params, state, draw_noise(config, keys, state.chunk))
+if TYPE_CHECKING:
+  from hfjax.pipeline import Pipeline
 
 
 class Stream:
-  """Iterates over chunks of clean latents `[b f y x c]`, without end.
+  """Iterates over chunks of frames `[b t y x 3]`, bytes on the device, without end.
 
-  state: the stream's state after the chunks taken so far; it is donated to the next chunk.
-  history: clean latents of the sink and of the last frames, which another prompt is applied to.
+  A chunk is given out when its work has been handed to the device, so that whoever looks at its
+  frames only after asking for the next one leaves the device no pause.
+
+  latents: the stream of latents beneath. chunk: the last clean latents `[b f y x z]`.
   """
 
   def __init__(
     self,
-    config: StreamConfig,
-    params: wan.Params,
-    context: Float[Array, "b t w"],
-    seeds: Sequence[int] | int = 0,
+    model: "Pipeline",
+    prompt: str | Sequence[str],
+    *,
+    size: tuple[int, int] = (832, 480),
+    seed: int | Sequence[int] = 0,
     kept: int = KEPT,
+    dtype: str = "bfloat16",
+    backend: str = "auto",
+    **settings: Any,
   ):
-    """Begins a stream per row of `context`.
+    """Begins a video for each prompt.
 
-    seeds: one per sample, or one for all, from which each sample takes its own noise.
-    kept: latent frames that are kept for a change of prompt, at least those of the window.
+    model: see `hfjax.pipeline.load`. size: columns and rows of pixels. seed: one for all, from
+      which each video takes its own noise, or one for each. kept: see `LatentStream`.
+    settings: of `Geometry` (window, sink, chunk, ratio, rope_cap, variant) and of `StreamConfig`
+      (steps, warp, shift), whose defaults hold. The variant is by default the model's.
+
+    Raises ValueError on sizes and settings that cannot work, with the nearest that can.
     """
-    self.config, self.params = config, params
-    self.context = self._padded(context)
-    self.state = init_state(config, self._text(self.context))
-    self.keys = sample_keys(seeds, self.context.shape[0])
-    g = config.geometry
-    self.history = History(g.sink, max(kept, g.window))
-    self.blend: Blend | None = None
+    self.model, self.prompts = model, _listed(prompt)
+    self.config = configure(model, size, dtype=dtype, backend=backend, **settings)
+    self.latents = LatentStream(self.config, model.params, model.encode(self.prompts), seed, kept)
+    self.decoder = FrameDecoder(model.autoencoder)
+    self.chunk: Array | None = None
+
+  @property
+  def frames(self) -> int:
+    """Frames of video so far, in each sample."""
+    latent = self.latents.history.total
+    return latent and self.model.autoencoder.config.time_factor * (latent - 1) + 1
 
   def warm_up(self):
-    """Compiles all that the stream will need, other prompts included, before it begins.
+    """Compiles all that the stream will need, other prompts included, before it begins."""
+    self.latents.warm_up()
+    g, z = self.config.geometry, self.model.autoencoder.config.z_dim
+    decoder = FrameDecoder(self.model.autoencoder)
+    blank = jnp.zeros((len(self.prompts), g.chunk, g.height, g.width, z))
+    for _ in range(2):
+      frames = decoder(blank)
+    jax.block_until_ready(frames)
 
-    Raises ValueError if it has begun.
+  def extend(self, frames: UInt8[Array, "b t y x 3"]) -> UInt8[Array, "b u y x 3"]:
+    """Takes given frames as the next ones (an image, or a clip to go on with).
+
+    Of a clip as many are taken as fill latents: 1, and then multiples of 4; its last frame is
+    repeated up to there. Returns the frames as they come back from the autoencoder.
+
+    Raises ValueError unless the stream has not begun and the frames have its size.
     """
-    g, m = self.config.geometry, self.config.model
-    if self.history.total:
+    g, factor = self.config.geometry, self.model.autoencoder.config.space_factor
+    want = (len(self.prompts), g.height * factor, g.width * factor, 3)
+    shape = frames.shape
+    if len(shape) != 5 or (shape[0], *shape[2:]) != want or frames.dtype != jnp.uint8:
       raise ValueError(
-        f"{self.history.total} frames have been made already; warm a stream up before its first."
+        f"The frames are {frames.dtype} {tuple(shape)}; this stream takes uint8 "
+        f"[{want[0]}, frames, {want[1]}, {want[2]}, 3]."
       )
-    batch, text = self.context.shape[0], self._text(self.context)
-    for frames in {g.chunk, g.sink % g.chunk} - {0}:
-      blank = jnp.zeros((batch, frames, g.height, g.width, m.in_dim))
-      self.state = take(self.config, self.params, self.state, blank)
-    self.state, _ = _advance(self.config, self.params, self.state, self.keys)
-    self.state = restart(self.state, text, jnp.float32(0))
-    jax.block_until_ready(self.state.length)
+    if self.latents.history.total:
+      raise ValueError(
+        f"The stream has {self.frames} frames already; give images and clips before its first."
+      )
+    self.chunk = self.model.autoencoder.encode(jnp.asarray(frames))
+    self.latents.extend(self.chunk)
+    return self.decoder(self.chunk)
 
-  def extend(self, latents: Float[Array, "b f y x c"]):
-    """Takes given clean latents as the next frames (an image, or a clip to continue).
+  def set_prompt(self, prompt: str | Sequence[str], blend: int = 0, share: float = 0.0):
+    """Goes on under another prompt, or one for each video (see `LatentStream.set_context`).
 
-    They enter in whole chunks; what they lack of whole chunks goes first, as a shorter one, so
-    that a single frame or any number of frames will do.
+    blend: chunks over which the text moves to the new one. share: of the linear memory that stays.
     """
-    latents = jnp.asarray(latents)
-    frames = latents.shape[1] if latents.ndim == 5 else 0
-    if not frames:
+    prompts = _listed(prompt)
+    if len(prompts) == 1:
+      prompts *= len(self.prompts)
+    if len(prompts) != len(self.prompts):
       raise ValueError(
-        f"Context latents have shape {tuple(latents.shape)}; give [batch, frames, rows, "
-        "columns, channels] with at least one frame."
+        f"{len(prompts)} prompts were given for {len(self.prompts)} videos; give one for each, or "
+        "one for all."
       )
-    chunk = self.config.geometry.chunk
-    cuts = [0, *range(frames % chunk or chunk, frames + 1, chunk)]
-    for start, stop in itertools.pairwise(cuts):
-      piece = latents[:, start:stop]
-      self.state = take(self.config, self.params, self.state, piece)
-      self.history.add(piece)
+    self.latents.set_context(self.model.encode(prompts), blend, share)
+    self.prompts = prompts
 
-  def set_context(self, context: Float[Array, "b t w"], blend: int = 0, share: float = 0.0):
-    """Goes on under another prompt.
-
-    blend: chunks over which the text moves from the old prompt to the new one, evenly; by default
-      the next chunk has the new one. When it is there, keys and values of the window, the sink's
-      included, are computed anew under it, from their latents.
-    share: 0 makes the linear memory anew as well, of the latents that are kept; otherwise it stays,
-      and counts as this share of its frames (see `replay`).
-
-    Raises ValueError on text of another model or batch, a blend below 0 or a share not from 0 to 1.
-    """
-    if not isinstance(blend, int) or blend < 0:
-      raise ValueError(f"The blend is {blend!r} chunks; give a whole number, 0 for none.")
-    if not 0 <= share <= 1:
-      raise ValueError(f"The share of the memory is {share}; give a number from 0 to 1.")
-    context = self._padded(context)
-    if context.shape != self.context.shape:
-      raise ValueError(
-        f"The stream has {self.context.shape[0]} samples, and the new text {context.shape[0]}; "
-        "give a row for each sample."
-      )
-    self.blend = Blend(self.context, context, blend, share)
-    if not blend:
-      self._finish_blend(self.blend)
-
-  def __iter__(self) -> Iterator[Float[Array, "b f y x c"]]:
+  def __iter__(self) -> Iterator[UInt8[Array, "b t y x 3"]]:
     return self
 
-  def __next__(self) -> Float[Array, "b f y x c"]:
-    if self.blend is not None:
-      self._step_blend(self.blend)
-    self.state, x0 = _advance(self.config, self.params, self.state, self.keys)
-    self.history.add(x0)
-    return x0
+  def __next__(self) -> UInt8[Array, "b t y x 3"]:
+    self.chunk = next(self.latents)
+    return self.decoder(self.chunk)
 
-  def _padded(self, context) -> Float[Array, "b t w"]:
-    """Text of full length, so that prompts of any length share one compilation."""
-    context = jnp.asarray(context)
-    wan.check_context(self.config.model, context)
-    rows = self.config.model.text_len - context.shape[1]
-    return jnp.pad(context, ((0, 0), (0, rows), (0, 0)))
-
-  def _text(self, context):
-    return wan.text_keys(self.config.model, self.params, context, self.config.compute_dtype)
-
-  def _step_blend(self, blend: "Blend"):
-    blend.done += 1
-    if blend.done == blend.chunks:
-      self._finish_blend(blend)
-      return
-    self.context = blend.start + blend.done / blend.chunks * (blend.end - blend.start)
-    self.state = self.state._replace(text=self._text(self.context))
-
-  def _finish_blend(self, blend: "Blend"):
-    self.blend, self.context = None, blend.end
-    text = self._text(blend.end)
-    self.state = replay(self.config, self.params, self.state, text, self.history, blend.share)
+  def each_frame(self) -> Iterator[UInt8[np.ndarray, "b y x 3"]]:
+    """Frames one by one, on the host, while the next chunk is being made."""
+    ahead = next(self)
+    while True:
+      frames, ahead = ahead, next(self)
+      yield from np.moveaxis(np.asarray(frames), 1, 0)
 
 
-@dataclasses.dataclass
-class Blend:
-  """A change of prompt under way, over a number of chunks."""
-
-  start: Array
-  end: Array
-  chunks: int
-  share: float
-  done: int = 0
-
-
-def sample_keys(seeds: Sequence[int] | int, batch: int):
-  """One random key per sample: of its own seed, or of the common seed and its number."""
-  if isinstance(seeds, (int, np.integer)):
-    key = jax.random.key(int(seeds))
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
-  if not isinstance(seeds, (Sequence, np.ndarray)) or isinstance(seeds, str):
-    raise ValueError(f"The seeds are {seeds!r}; give a whole number, or one for each sample.")
-  if any(not isinstance(s, (int, np.integer)) for s in seeds):
-    raise ValueError(f"The seeds are {list(seeds)}; they must be whole numbers.")
-  if len(seeds) != batch:
+def configure(
+  model: "Pipeline", size: tuple[int, int], dtype: str, backend: str, **settings: Any
+) -> StreamConfig:
+  """Configuration of streams of a model; ValueError on sizes and settings that cannot work."""
+  width, height = _latent_size(model, size)
+  names = {"steps", "warp", "shift", "context_timestep"}
+  stream = {k: v for k, v in settings.items() if k in names}
+  rest = {k: v for k, v in settings.items() if k not in names}
+  if rest.get("variant") is None:
+    rest["variant"] = model.variant or ("paper" if model.config.linear else "reference_dense")
+  try:
+    geometry = Geometry(height, width, patch=model.config.patch, **rest)
+  except TypeError as e:
     raise ValueError(
-      f"{len(seeds)} seeds were given for {batch} samples; give one each, or a single "
-      "number for all."
+      f"A setting is unknown ({', '.join(rest)}); there are those of Geometry and StreamConfig."
+    ) from e
+  return StreamConfig(model.config, geometry, dtype=dtype, backend=backend, **stream)
+
+
+def _latent_size(model: "Pipeline", size: tuple[int, int]) -> tuple[int, int]:
+  """Latent columns and rows of a video of that many pixels."""
+  try:
+    width, height = (int(n) for n in size)
+  except (TypeError, ValueError):
+    raise ValueError(f"The size is {size!r}; give columns and rows, as in (832, 480).") from None
+  factor = model.autoencoder.config.space_factor
+  rows, columns = (factor * n for n in model.config.patch)
+  if width < columns or height < rows or width % columns or height % rows:
+    near = max(columns, round(width / columns) * columns), max(rows, round(height / rows) * rows)
+    raise ValueError(
+      f"The video would be {width} x {height} pixels; its sides must be multiples of {columns} and "
+      f"{rows}. The nearest is {near[0]} x {near[1]}."
     )
-  return jnp.stack([jax.random.fold_in(jax.random.key(int(s)), 0) for s in seeds])
+  return width // factor, height // factor
+
+
+def _listed(prompt: str | Sequence[str]) -> list[str]:
+  prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+  if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+    raise ValueError(f"The prompt is {prompt!r}; say in words what the video shows.")
+  return prompts

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfjax.models.geometry import VARIANTS
+from hfjax.streaming.latent_stream import LatentStream
 from hfjax.streaming.replay import History
-from hfjax.streaming.stream import Stream
 from tests.helpers import (
   assert_trees_close,
   compilations,
@@ -25,7 +25,7 @@ OTHER = context(seed=9)
 
 
 def begun(config, chunks, seed=2, image=0, **kwargs):
-  stream = Stream(config, PARAMS, context(seed=seed), seeds=1, **kwargs)
+  stream = LatentStream(config, PARAMS, context(seed=seed), seeds=1, **kwargs)
   if image:
     stream.extend(latents(config, image))
   for _ in range(chunks):
@@ -51,7 +51,7 @@ def test_the_state_is_that_of_a_stream_which_had_the_prompt_from_the_start():
   stream = begun(config, 5, kept=100)
   shown = jnp.concatenate(list(stream.history.last), axis=1)
   stream.set_context(OTHER)
-  given_all = Stream(config, PARAMS, OTHER, seeds=1)
+  given_all = LatentStream(config, PARAMS, OTHER, seeds=1)
   given_all.extend(shown)
   assert_trees_close(stream.state, given_all.state, 0)
   np.testing.assert_array_equal(next(stream), next(given_all))
@@ -64,7 +64,7 @@ def test_no_key_of_the_window_remembers_the_old_prompt(share):
   shown = latents(config, 30)
   after = []
   for seed in (2, 5):
-    stream = Stream(config, PARAMS, context(seed=seed), seeds=1, kept=12)
+    stream = LatentStream(config, PARAMS, context(seed=seed), seeds=1, kept=12)
     stream.extend(shown)
     stream.set_context(OTHER, share=share)
     after.append(jax.tree.map(np.array, stream.state))
@@ -121,7 +121,7 @@ def test_a_new_change_in_the_middle_of_one_starts_from_there():
 
 def test_a_change_of_prompt_compiles_nothing_and_keeps_memory():
   config = stream_config(window=8, sink=2, chunk=3)
-  stream = Stream(config, PARAMS, context(), seeds=1)
+  stream = LatentStream(config, PARAMS, context(), seeds=1)
   stream.warm_up()
   for _ in range(12):
     next(stream)

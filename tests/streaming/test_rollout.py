@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hfjax.models.geometry import VARIANTS
+from hfjax.streaming.latent_stream import LatentStream, sample_keys
 from hfjax.streaming.rollout import generate
-from hfjax.streaming.stream import Stream, sample_keys
 from tests.helpers import (
   assert_trees_close,
   compilations,
@@ -27,7 +27,7 @@ PARAMS = random_params()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generate_equals_stepping(variant):
   config = stream_config(window=7, sink=2, chunk=2, variant=variant)
-  stream = Stream(config, PARAMS, context(2), seeds=11)
+  stream = LatentStream(config, PARAMS, context(2), seeds=11)
   stepped = np.concatenate([next(stream) for _ in range(7)], axis=1)
   state, x = generate(config, PARAMS, fresh_state(config, PARAMS, 2), sample_keys(11, 2), 7)
   assert x.shape == (2, 14, 4, 6, 4)
@@ -46,15 +46,15 @@ def test_dividing_a_run_changes_nothing():
   assert_trees_close(second, whole, 0)
   runs = []
   for _ in range(2):
-    stream = Stream(config, PARAMS, context(), seeds=3)
+    stream = LatentStream(config, PARAMS, context(), seeds=3)
     runs.append(np.concatenate([next(stream) for _ in range(4)], axis=1))
   np.testing.assert_array_equal(*runs)
-  assert np.abs(next(Stream(config, PARAMS, context(), seeds=4)) - runs[0][:, :2]).max() > 0.1
+  assert np.abs(next(LatentStream(config, PARAMS, context(), seeds=4)) - runs[0][:, :2]).max() > 0.1
 
 
 def test_two_hundred_chunks_compile_once_in_constant_memory():
   config = stream_config()
-  stream = Stream(config, PARAMS, context(), seeds=0)
+  stream = LatentStream(config, PARAMS, context(), seeds=0)
   for _ in range(10):  # until all latents are there that are kept
     x = next(stream)
   x.block_until_ready()
@@ -83,7 +83,7 @@ def test_the_count_of_compilations_counts():
 
 def test_the_state_is_donated():
   config = stream_config()
-  stream = Stream(config, PARAMS, context())
+  stream = LatentStream(config, PARAMS, context())
   old = stream.state
   next(stream)
   assert old.k.is_deleted() and old.memory.kv.is_deleted() and not stream.state.k.is_deleted()
@@ -93,14 +93,14 @@ def test_context_enters_through_the_same_transitions():
   """Seven frames enter as 1 + 3 + 3; a stream continues from them, memory included."""
   config = stream_config(window=8, sink=3, chunk=3)
   x = latents(config, 13)
-  stream = Stream(config, PARAMS, context(), seeds=1)
+  stream = LatentStream(config, PARAMS, context(), seeds=1)
   stream.extend(x)
   assert int(stream.state.position[0]) == 13 and int(stream.state.chunk[0]) == 5
   assert int(stream.state.absorbed[0]) == 5
   np.testing.assert_array_equal(stream.state.latents[:, :3], x[:, :3])
   clips = []
   for y in (x, latents(config, 13, seed=30).at[:, -8:].set(x[:, -8:]).at[:, :3].set(x[:, :3])):
-    s = Stream(config, PARAMS, context(), seeds=1)
+    s = LatentStream(config, PARAMS, context(), seeds=1)
     s.extend(y)
     clips.append(np.array(next(s)))
   # The two differ only in frames that have left the window, and it shows.
@@ -111,7 +111,7 @@ def test_context_enters_through_the_same_transitions():
 
 def test_a_single_image_starts_a_stream():
   config = stream_config()
-  stream = Stream(config, PARAMS, context(), seeds=1)
+  stream = LatentStream(config, PARAMS, context(), seeds=1)
   stream.extend(latents(config, 1))
   assert next(stream).shape == (1, 3, 4, 6, 4)
   assert int(stream.state.position[0]) == 4
@@ -119,17 +119,17 @@ def test_a_single_image_starts_a_stream():
 
 def test_seeds():
   config = stream_config()
-  a = next(Stream(config, PARAMS, jnp.concatenate([context()] * 2), seeds=5))
+  a = next(LatentStream(config, PARAMS, jnp.concatenate([context()] * 2), seeds=5))
   assert np.abs(a[0] - a[1]).max() > 0.1  # one seed for all: each sample has its own noise
-  b = next(Stream(config, PARAMS, context(), seeds=[5]))
+  b = next(LatentStream(config, PARAMS, context(), seeds=[5]))
   np.testing.assert_allclose(a[:1], b, atol=2e-5)
   for seeds, sentence in (
     ([1, 2], "2 seeds were given for 1 samples"), (1.5, "seeds are 1.5; give a whole number"),
     ([1.5], "must be whole numbers"), ("a", "seeds are 'a'"), (None, "seeds are None"),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=sentence):
-      Stream(config, PARAMS, context(), seeds=seeds)
-  c = next(Stream(config, PARAMS, context(), seeds=np.int64(5)))
+      LatentStream(config, PARAMS, context(), seeds=seeds)
+  c = next(LatentStream(config, PARAMS, context(), seeds=np.int64(5)))
   np.testing.assert_array_equal(b, c)
   with pytest.raises(ValueError, match="0 chunks"):
     generate(config, PARAMS, fresh_state(config, PARAMS), sample_keys(0, 1), 0)

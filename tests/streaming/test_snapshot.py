@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hfjax.models.geometry import VARIANTS
+from hfjax.streaming.latent_stream import LatentStream
 from hfjax.streaming.snapshot import from_arrays, to_arrays
-from hfjax.streaming.stream import Stream
 from tests.helpers import context, latents, random_params, stream_config
 
 PARAMS = random_params()
@@ -16,7 +16,7 @@ SEEDS = [3, 8]
 
 
 def begun(config):
-  stream = Stream(config, PARAMS, context(2), seeds=SEEDS, kept=12)
+  stream = LatentStream(config, PARAMS, context(2), seeds=SEEDS, kept=12)
   stream.extend(latents(config, 4, batch=2))
   for _ in range(4):
     next(stream)

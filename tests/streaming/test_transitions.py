@@ -9,10 +9,10 @@ import pytest
 
 from hfjax.models import causal, wan
 from hfjax.models.geometry import VARIANTS
+from hfjax.streaming.latent_stream import sample_keys
 from hfjax.streaming.rollout import generate
 from hfjax.streaming.state import begin_chunk, init_state
 from hfjax.streaming.step import ChunkNoise, chunk_step, commit, denoise, draw_noise
-from hfjax.streaming.stream import sample_keys
 from tests.helpers import (
   MODEL,
   advance,
