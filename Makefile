@@ -25,7 +25,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist wo
 .PHONY: sample test test-slow test-oracles lint format bench clean
 
 sample:
-	@echo "make sample: hfjax has no sampler and no weights yet; see the README for what works." >&2
+	@echo "make sample: there are no weights yet; see noise with" >&2
+	@echo "  $(BIN)/python -m hfjax.sample --weights=random:tiny --size=160x96 --prompt='a red square'" >&2
 	@exit 1
 
 test: $(DEV_STAMP)

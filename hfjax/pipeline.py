@@ -4,7 +4,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ class Pipeline(NamedTuple):
   config: WanConfig
   params: wan.Params
   variant: str | None
-  encode: Callable[[Sequence[str]], Float[Array, "b t w"]]
+  encode: "TextEncoder | RandomText"
   autoencoder: Autoencoder
 
 

@@ -32,7 +32,7 @@ def test_files_that_are_named_exist():
 def test_make_sample_says_what_is_missing():
   run = subprocess.run(["make", "sample"], cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert run.returncode != 0
-  assert "no sampler and no weights yet" in run.stderr
+  assert "there are no weights yet" in run.stderr
 
 
 def test_benchmark_runs_and_refuses_bad_sizes(tmp_path):
