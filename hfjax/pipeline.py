@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,23 +153,30 @@ def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
   variant = "paper" if config.linear else "reference_dense"
   return Pipeline(
     config,
-    _draw(wan.init_params, config, dtype, 0.05),
+    _draw(wan.init_params, config, dtype),
     variant,
     RandomText(config),
     Autoencoder(kind, sizes, _draw(network.init_params, sizes, dtype), dtype),
   )
 
 
-def _draw(init, sizes, dtype, noise: float = 0.0):
-  """Weights as before training, with `noise`: where they are zero, prompts would have no effect."""
+def _draw(init, sizes, dtype):
+  """Random weights for a network, none of them without effect, whatever training begins with."""
+  shapes = jax.eval_shape(lambda: init(sizes, jax.random.key(0)))
+  numbers = itertools.count()
 
-  @jax.jit
-  def draw(key):
-    keys = itertools.count(1)
-    spread = lambda x: jax.random.normal(jax.random.fold_in(key, next(keys)), x.shape)
-    return jax.tree.map(lambda x: (x + noise * spread(x)).astype(dtype), init(sizes, key))
+  def leaf(path, x):
+    first, last = path[0].key, path[-1].key
+    inputs = x.shape[first == "blocks" : -1]  # not counting layers, which are stacked
+    spread = math.prod(inputs) ** -0.5 if last == "kernel" else 0.0
+    return _normal(next(numbers), x.shape, dtype, float(last == "scale"), spread)
 
-  return draw(jax.random.key(0))
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(seed, shape, dtype, mean, spread):
+  return (mean + spread * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
 
 def _plain(name: str) -> str:

@@ -125,7 +125,16 @@ def test_help_names_the_flags(capsys):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_stopped_leaves_a_video_that_plays(how, tmp_path):
-  command = [sys.executable, "-m", "hfjax.sample", *FAST, WORDS, "--endless", "--out=a.mp4"]
+  command = [
+    sys.executable,
+    "-m",
+    "hfjax.sample",
+    *FAST,
+    WORDS,
+    "--endless",
+    "--out=a.mp4",
+    "--vae=tiny",
+  ]
   env = {**os.environ, "PYTHONPATH": str(ROOT)}
   process = subprocess.Popen(
     [*command, "--log_json=log"], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
