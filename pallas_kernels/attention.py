@@ -51,11 +51,12 @@ def block_sparse_attention(
 
   block_index: key blocks of each query block. With past keys, blocks 0 to ceil(capacity /
     block_k) - 1 are those of the past buffer, whatever its valid length; current ones follow.
-    The entries that count must be distinct; the others may be any block numbers.
+    The entries that count must be distinct blocks that there are; the others may be any numbers.
   block_count: how many entries count, from the front; broadcastable to `[b h q]`; all by default.
   scale: factor of the scores; d^-1/2 by default.
-  length, past_length: valid tokens at the front of `k` and of `past_k`; all by default. What lies
-    behind them must be finite. A row whose listed blocks hold no valid key comes out as zero.
+  length, past_length: valid tokens at the front of `k` and of `past_k`; all by default, no more.
+    What lies behind them must be finite. A row whose listed blocks hold no valid key comes out as
+    zero.
   past_gradient: False where past keys and values are constants, so that the backward pass need not
     compute their gradients; they are zero then.
   backend: a name in `BACKENDS`, or "auto" for the fastest that this device and these sizes allow.
@@ -147,8 +148,12 @@ def _check(q, k, v, index, count, length, past_k, past_v, past_length, block_q, 
   """The arrays with defaults filled in; ValueError if they do not fit together."""
   if q.ndim != 4:
     raise ValueError(f"q has shape {q.shape}; give [batch, length, heads, dim].")
-  if block_q < 1 or block_k < 1:
-    raise ValueError(f"Blocks are {block_q} queries and {block_k} keys; give at least 1 each.")
+  if not all(isinstance(n, int) and n > 0 for n in (block_q, block_k)):
+    raise ValueError(
+      f"Blocks are {block_q!r} queries and {block_k!r} keys; give whole numbers, at least 1 each."
+    )
+  if not jnp.issubdtype(q.dtype, jnp.floating):
+    raise ValueError(f"q is {q.dtype}; give floating point numbers.")
   b, s, h, d = q.shape
   if (past_k is None) != (past_v is None) or (past_length is not None and past_k is None):
     raise ValueError("Past keys, values and their length go together; give past_k and past_v.")
@@ -168,6 +173,11 @@ def _check(q, k, v, index, count, length, past_k, past_v, past_length, block_q, 
       raise ValueError(
         f"{name} holds {x.shape[1]} tokens and {other} {y.shape[1]}; they must be equal."
       )
+  if not (q.size and k.size):
+    raise ValueError(f"q has shape {q.shape} and k {k.shape}; no axis may be empty.")
+  if past_k is not None and not past_k.size:  # no room, and so no blocks
+    past_k = past_v = past_length = None
+  index = jnp.asarray(index)
   want = (b, h, num_blocks(s, block_q))
   if index.ndim != 4 or index.shape[:3] != want:
     raise ValueError(
@@ -179,15 +189,17 @@ def _check(q, k, v, index, count, length, past_k, past_v, past_length, block_q, 
     )
   lengths: list[Any] = []
   for name, n, buffer in (("length", length, k), ("past_length", past_length, past_k)):
-    if n is not None and (jnp.shape(n) != (b,) or not jnp.issubdtype(n.dtype, jnp.integer)):
-      raise ValueError(f"{name} is {n.dtype} {list(jnp.shape(n))}; give integers of shape [{b}].")
-    if n is None and buffer is not None:
-      n = jnp.full((b,), buffer.shape[1], jnp.int32)
-    lengths.append(None if n is None else jnp.asarray(n, jnp.int32))
-  if count is None:
-    count = jnp.full((), index.shape[3])
-  elif not jnp.issubdtype(jnp.result_type(count), jnp.integer):
-    raise ValueError(f"block_count is {jnp.result_type(count)}; give integers.")
+    if buffer is None:
+      lengths.append(None)
+      continue
+    n = jnp.full((b,), buffer.shape[1], jnp.int32) if n is None else jnp.asarray(n)
+    if n.shape != (b,) or not jnp.issubdtype(n.dtype, jnp.integer):
+      raise ValueError(f"{name} is {n.dtype} {list(n.shape)}; give integers of shape [{b}].")
+    # What lies beyond the buffer is padding to some backends.
+    lengths.append(jnp.clip(n, 0, buffer.shape[1]).astype(jnp.int32))
+  count = jnp.asarray(index.shape[3] if count is None else count)
+  if not jnp.issubdtype(count.dtype, jnp.integer):
+    raise ValueError(f"block_count is {count.dtype}; give integers.")
   try:
     count = jnp.broadcast_to(count, want).astype(jnp.int32)
   except ValueError as e:

@@ -33,14 +33,15 @@ def block_map(
   past_means: means of the blocks of a past buffer (`block_means`), which come before those of `k`;
     centred as `k` will be.
   states: numbers of valid tokens that the past buffer, or `k` where there is none, can have; known
-    on the host, so that counts are exact. state: which of them each sample has. All tokens are
-    valid by default.
+    on the host, so that counts are exact. state: which of them each sample has, from 0 on. All
+    tokens are valid by default.
   center: see `center_keys`.
   backend: "auto" takes Triton kernels where they can serve the call, "xla" never.
 
   The blocks of a list that count are in no order to rely on. Equal scores go to the lower block
   number. Raises ValueError on sizes that do not fit together.
   """
+  _check(q, k, ratio, past_means, backend)
   if past_means is None:
     room = k.shape[1]
   else:
@@ -52,6 +53,11 @@ def block_map(
     if len(states) > 1:
       raise ValueError(f"There are {len(states)} states; say which one each sample is in.")
     state = jnp.zeros((q.shape[0],), jnp.int32)
+  state = jnp.asarray(state)
+  if state.shape != q.shape[:1] or not jnp.issubdtype(state.dtype, jnp.integer):
+    raise ValueError(
+      f"state is {state.dtype} {list(state.shape)}; give integers of shape [{q.shape[0]}]."
+    )
   length = jnp.asarray(states, jnp.int32)[state]
   current = [] if past_means is None else [[k.shape[1]] * len(states)]
   table = kept_counts(ratio, states, *current, block=block_k)
@@ -81,6 +87,27 @@ def block_map(
     ones = jnp.ones((q.shape[0], means.shape[2]), bool)
     valid = jnp.concatenate([_holds_valid(past_means, length, block_k), ones], axis=1)
   return choose_blocks(q_means, k_means, most, count, valid)
+
+
+def _check(q, k, ratio, past_means, backend):
+  """Raises ValueError on arrays that do not fit together, another ratio or backend."""
+  for name, x in (("q", q), ("k", k)):
+    if x.ndim != 4 or not x.size:
+      raise ValueError(f"{name} has shape {x.shape}; give [batch, length, heads, dim], not empty.")
+  if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+    raise ValueError(
+      f"q has shape {q.shape} and k {k.shape}; batch, heads and head dimension must agree."
+    )
+  if past_means is not None:
+    b, _, h, d = q.shape
+    if past_means.ndim != 4 or (*past_means.shape[:2], past_means.shape[3]) != (b, h, d):
+      raise ValueError(
+        f"past_means has shape {past_means.shape}; give [{b}, {h}, blocks, {d}], of block_means."
+      )
+  if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+    raise ValueError(f"The ratio is {ratio}; give a number from 0 to 1.")
+  if backend not in ("auto", "xla"):
+    raise ValueError(f"The block map's backend is {backend!r}; choose auto or xla.")
 
 
 def _holds_valid(means, length, block):

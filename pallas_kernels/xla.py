@@ -107,8 +107,13 @@ def _scores(problem, q, k, seen):
 
 def _listed(keys, values, valid, index, count):
   """Listed blocks `[b h k j d]` of keys and values, and which of their keys count `[b h k j]`."""
-  k, v = (jax.vmap(jax.vmap(lambda x, i: x[i]))(x, index) for x in (keys, values))
   counts = jnp.arange(index.shape[-1]) < count[..., None]
+  # What other blocks hold must not be read, as it may be no number.
+  index = jnp.where(counts, index, index[..., :1])
+  some = counts.any(axis=-1)[..., None, None, None]
+  k, v = (
+    jnp.where(some, jax.vmap(jax.vmap(lambda x, i: x[i]))(x, index), 0) for x in (keys, values)
+  )
   return k, v, jax.vmap(lambda x, i: x[i])(valid, index) & counts[..., None]
 
 

@@ -142,6 +142,16 @@ def main(argv: list[str]) -> int:
     text = f"{row['ms']:9.4f} ms {rate}" if "ms" in row else f"left out: {row['skipped']}"
     print(f"{name:58} {text}", flush=True)
 
+  if not backends:
+    print("benchmark: there is no backend to time on this machine.", file=sys.stderr)
+    return 2
+  try:
+    save()
+  except OSError as e:
+    print(
+      f"benchmark: {args.out} cannot be written ({e.strerror}); write elsewhere.", file=sys.stderr
+    )
+    return 2
   dense = time_dense(one)
   show("dense", dense)
   result["dense_cudnn_ms"] = dense["ms"]

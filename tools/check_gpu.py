@@ -165,14 +165,16 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--commit", help="commit to record; git's by default")
   parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
   args = parser.parse_args(argv)
-  if args.repeats < 1:
-    print("check_gpu: give at least one repeat.", file=sys.stderr)
+  if args.repeats < 1 or (args.seed is not None and args.seed < 0):
+    print("check_gpu: give at least one repeat, and a seed from 0 on.", file=sys.stderr)
     return 2
   seed = int(np.random.default_rng().integers(2**31)) if args.seed is None else args.seed
   device = jax.devices()[0]
   print(f"{device.device_kind}, jax {jax.__version__}, seed {seed}")
   names = args.backends or [n for n in attention.BACKENDS if n != "xla"]
   why = available(STREAM, names)
+  for name in [n for n in names if why[n] is not None]:  # it may take another dtype
+    why |= available(STREAM, [name], jnp.float32)
   for name, reason in why.items():
     if reason is not None:
       print(f"{name} is left out: {reason}")
@@ -201,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
       for dtype in ALLOWED:
         row = check_case(case, name, dtype, seed, args.repeats)
         if "skipped" in row:
+          print(f"{name:11} {case:12} {dtype:9} left out: {row['skipped']}")
           continue
         result.setdefault(name, {})[f"{case}, {dtype}"] = row
         well &= row["ok"]

@@ -201,7 +201,16 @@ def test_a_backend_that_cannot_serve_says_why(backend):
     ({"block_index": np.zeros((1, 1, 2, 3), np.int32)}, "lists 3 blocks of keys.* only 2"),
     ({"past_length": np.zeros((1,), np.int32)}, "go together"),
     ({"past_k": np.ones((1, 4, 1, 8), np.float32)}, "go together"),
-    ({"block_k": 0}, "give at least 1 each"),
+    ({"block_k": 0}, "at least 1 each"),
+    ({"block_q": 8.0}, "Blocks are 8.0 queries and 8 keys; give whole numbers"),
+    ({"length": 5}, r"length is int32 \[\]; give integers of shape \[1\]"),
+    ({"length": [5.0]}, r"length is float32 \[1\]"),
+    ({"q": np.ones((1, 16, 1, 8), np.int32)}, "q is int32; give floating point"),
+    ({"q": np.ones((1, 0, 1, 8), np.float32)}, "no axis may be empty"),
+    (
+      {"k": np.ones((1, 0, 1, 8), np.float32), "v": np.ones((1, 0, 1, 8), np.float32)},
+      "no axis may be empty",
+    ),
     ({"q": np.ones((1, 16, 8), np.float32)}, r"q has shape \(1, 16, 8\)"),
     ({"block_index": np.zeros((1, 1, 2, 1), np.float32)}, "block_index is float32"),
     ({"block_count": np.ones((1, 1, 2), np.float32)}, "block_count is float32; give integers"),
@@ -216,3 +225,48 @@ def test_wrong_arguments_are_refused(change, sentence):
           "block_q": 8, "block_k": 8, **change}  # fmt: skip
   with pytest.raises(ValueError, match=sentence):
     pk.block_sparse_attention(**args)
+
+
+def small(**change):
+  """Two query blocks and two key blocks of eight."""
+  r = np.random.default_rng(0)
+  q, k, v = r.normal(size=(3, 1, 16, 1, 8)).astype(np.float32)
+  args = {"q": q, "k": k, "v": v, "block_index": np.array([[[[0, 1], [1, 0]]]]), "block_q": 8}
+  return pk.block_sparse_attention(**{**args, "block_k": 8, **change})
+
+
+def test_a_past_without_room_is_no_past():
+  none = np.zeros((1, 0, 1, 8), np.float32)
+  np.testing.assert_array_equal(
+    small(past_k=none, past_v=none, past_length=np.zeros(1, np.int32)), small()
+  )
+
+
+def test_lengths_beyond_the_buffer_add_no_keys():
+  args = {"k": np.ones((1, 12, 1, 8), np.float32), "v": np.ones((1, 12, 1, 8), np.float32)}
+  np.testing.assert_array_equal(small(**args, length=[16]), small(**args))
+  np.testing.assert_array_equal(small(**args, length=[-3]), np.zeros((1, 16, 1, 8)))
+
+
+def test_what_is_listed_past_the_count_is_not_read():
+  """Not even when it is no number; nor is anything of an empty list."""
+  r = np.random.default_rng(1)
+  k = r.normal(size=(1, 16, 1, 8)).astype(np.float32)
+  bad = k.copy()
+  bad[:, 8:] = np.nan
+  args = {"block_index": np.array([[[[0, 1], [1, 0]]]]), "block_count": np.array([[[1, 0]]])}
+
+  def loss(k, v):
+    return (small(k=k, v=v, **args) ** 2).sum()
+
+  for x, y in zip(
+    jax.value_and_grad(loss, (0, 1))(bad, bad), jax.value_and_grad(loss, (0, 1))(k, k), strict=True
+  ):
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_lists_and_numbers_of_python_will_do():
+  want = small(length=np.array([9]), block_count=np.array(1))
+  got = small(block_index=[[[[0, 1], [1, 0]]]], length=[9], block_count=1)
+  np.testing.assert_array_equal(got, want)

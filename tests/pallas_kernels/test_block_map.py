@@ -145,3 +145,27 @@ def test_impossible_states_are_refused(given, sentence):
   x = jnp.ones((1, 8, 1, 4))
   with pytest.raises(ValueError, match=sentence):
     pk.block_map(x, x, 0.5, block_q=4, block_k=4, **given)
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    ({"ratio": float("nan")}, "The ratio is nan; give a number from 0 to 1"),
+    ({"ratio": 1.5}, "The ratio is 1.5"),
+    ({"ratio": -1}, "The ratio is -1"),
+    ({"ratio": None}, "The ratio is None"),
+    ({"k": np.ones((2, 16, 2, 4), np.float32)}, "batch, heads and head dimension must agree"),
+    ({"k": np.ones((1, 16, 1, 4), np.float32)}, "batch, heads and head dimension must agree"),
+    ({"k": np.ones((1, 0, 2, 4), np.float32)}, "k has shape .* not empty"),
+    ({"q": np.ones((16, 2, 4), np.float32)}, r"q has shape \(16, 2, 4\)"),
+    ({"past_means": np.ones((1, 1, 3, 4), np.float32)}, r"give \[1, 2, blocks, 4\]"),
+    ({"states": [8, 16], "state": 1}, r"state is int32 \[\]; give integers of shape \[1\]"),
+    ({"states": [8, 16], "state": [1.0]}, "state is float32"),
+    ({"backend": "triton"}, "backend is 'triton'; choose auto or xla"),
+  ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, sentence):
+  x = np.ones((1, 16, 2, 4), np.float32)
+  args = {"q": x, "k": x, "ratio": 0.5, "block_q": 8, "block_k": 8, **change}
+  with pytest.raises(ValueError, match=sentence):
+    pk.block_map(args.pop("q"), args.pop("k"), args.pop("ratio"), **args)
