@@ -1,5 +1,6 @@
 """Tests run on the processor, whatever the machine has, and draw the same examples every time."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +14,7 @@ os.environ["NPROC"] = "16"
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # The first example of a test compiles, so deadlines would measure the compiler.
@@ -20,3 +22,11 @@ hypothesis.settings.register_profile(
   "hfjax", deadline=None, max_examples=20, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("hfjax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+  """A process may map only so much memory, and programs of all tests together are more."""
+  yield
+  jax.clear_caches()
+  gc.collect()
