@@ -162,7 +162,7 @@ def _open(path: Path):
   if path.is_dir():
     raise VideoError(f"{path} is a folder; give a video file.")
   try:
-    container = av.open(str(path))
+    container = av.open(str(path), metadata_errors="replace")  # titles are not of interest
   except FileNotFoundError as error:
     raise VideoError(f"{path} is not there; give a video file.") from error
   except PermissionError as error:
