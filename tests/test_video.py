@@ -225,6 +225,22 @@ def test_damage_is_no_traceback(growing, data):
     assert read_video(part).frames.ndim == 4
 
 
+def test_titles_need_not_be_text(growing):
+  path, _ = growing
+  content, refused = bytearray(path.read_bytes()), 0
+  letters = bytes([*24 * [0], *7 * [1], 128, *32 * [0]])
+  for start in range(280, 300):  # among them a name of the track
+    damaged = path.with_name("title.mp4")
+    damaged.write_bytes(content[:start] + letters + content[start + 64 :])
+    with contextlib.suppress(VideoError):
+      assert read_video(damaged).frames.ndim == 4
+    try:
+      av.open(str(damaged)).close()
+    except (UnicodeDecodeError, av.FFmpegError) as error:
+      refused += isinstance(error, UnicodeDecodeError)
+  assert refused  # or this tests nothing
+
+
 def noise(count: int) -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, (count, 48, 64, 3), dtype=np.uint8)
 
@@ -327,7 +343,7 @@ def test_no_permission_is_a_sentence(tmp_path, monkeypatch):
 # Pixels
 
 
-def test_bytes_are_the_nearest():
+def test_lettersare_the_nearest():
   x = np.array([[-1, 0, 1], [-1.5, 2, np.nan], [-0.5, 0.25, 1 / 255]], np.float32)
   want = [[0, 128, 255], [0, 255, 0], [64, 159, 128]]
   for made in to_uint8(x), to_uint8(x.astype(np.float64)), jax.jit(to_uint8)(x):
