@@ -277,20 +277,20 @@ def write_video(
     log = FLAGS.log_json and stack.enter_context(open(FLAGS.log_json, "a"))
     progress = stack.enter_context(Progress(path.stem, frames, fps, log))
 
-    def put(chunk: Any) -> bool:
-      """Writes a chunk, as far as frames are wanted; whether more are."""
+    def put(chunk: Any):
+      """Writes a chunk, as far as frames are wanted."""
       some = np.asarray(chunk)[0, : None if frames is None else frames - writer.frames]
       writer.write(some)
       progress.add(len(some))
       if preview is not None:
         preview.add(some)
-      return frames is None or writer.frames < frames
 
     if begin is not None:
       put(stream.extend(jnp.asarray(begin)))
     ahead = None  # handed to the device, which works on it while the one before is written
     expected = stream.frames
-    while not stop.asked and (frames is None or expected < frames):
+    # At least one chunk, however early a stop is asked for.
+    while not (stop.asked and expected) and (frames is None or expected < frames):
       chunk = next(stream)
       expected = stream.frames
       if ahead is not None:

@@ -117,6 +117,18 @@ def test_files_that_are_not_there(args, sentence, capsys):
   assert sentence in refused(capsys, *FAST, WORDS, *args, status=1)
 
 
+def test_a_stop_before_the_first_chunk_still_gives_a_video():
+  stop = sample.Stop()
+  stop.asked = True
+  sample.FLAGS(["sample", *FAST, WORDS, "--quiet"])
+  model = sample.pipeline.load("random:tiny", "tiny", "float32")
+  stream = sample.Stream(model, "a", size=(64, 32), dtype="float32", steps=(1000,))
+  path = Path("a.mp4")
+  figures = sample.write_video(path, stream, None, None, sample.Fraction(16), stop)
+  assert figures["frames"] == len(read_video(path).frames) == 9
+  assert figures["frames_per_second"] is None
+
+
 def test_help_names_the_flags(capsys):
   assert sample.main(["--help"]) == 0
   text = capsys.readouterr().out

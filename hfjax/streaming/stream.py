@@ -91,7 +91,10 @@ class Stream:
       )
     self.chunk = self.model.autoencoder.encode(jnp.asarray(frames))
     self.latents.extend(self.chunk)
-    return self.decoder(self.chunk)
+    # In pieces, as a whole clip would need memory for all of its frames at once.
+    starts = range(0, self.chunk.shape[1], g.chunk)
+    pieces = [self.decoder(self.chunk[:, i : i + g.chunk]) for i in starts]
+    return jnp.concatenate(pieces, axis=1)
 
   def set_prompt(self, prompt: str | Sequence[str], blend: int = 0, share: float = 0.0):
     """Goes on under another prompt, or one for each video (see `LatentStream.set_context`).
