@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import logging
+import math
+import numbers
 from types import ModuleType
 from typing import Any
 
@@ -53,7 +55,7 @@ def block_sparse_attention(
     block_k) - 1 are those of the past buffer, whatever its valid length; current ones follow.
     The entries that count must be distinct blocks that there are; the others may be any numbers.
   block_count: how many entries count, from the front; broadcastable to `[b h q]`; all by default.
-  scale: factor of the scores; d^-1/2 by default.
+  scale: factor of the scores, a number that is known when the call is compiled; d^-1/2 by default.
   length, past_length: valid tokens at the front of `k` and of `past_k`; all by default, no more.
     What lies behind them must be finite. A row whose listed blocks hold no valid key comes out as
     zero.
@@ -62,18 +64,21 @@ def block_sparse_attention(
   backend: a name in `BACKENDS`, or "auto" for the fastest that this device and these sizes allow.
 
   Differentiable in q, k, v, past_k and past_v, once and in reverse. Under `jax.vmap` the mapped
-  axis joins the batch.
+  axis joins the batch. Arrays that are sharded over axes of a mesh that jax knows by type
+  (`AxisType.Explicit`) are to come through `jax.shard_map`.
 
   Returns the dtype of `q`. Raises ValueError on shapes that do not fit together, and if a backend
   that is asked for by name cannot serve the call.
   """
+  if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+    raise ValueError(f"The scale is {scale}; give a finite number, not an array.")
   inputs = _check(
     q, k, v, block_index, block_count, length, past_k, past_v, past_length, block_q, block_k
   )
   problem = Problem(
     float(q.shape[-1] ** -0.5 if scale is None else scale), block_q, block_k, backend, past_gradient
   )
-  return attend(choose_backend(problem, inputs), inputs)
+  return _compiled(choose_backend(problem, inputs), inputs)
 
 
 def choose_backend(problem: Problem, inputs: Inputs) -> Problem:
@@ -96,14 +101,16 @@ def choose_backend(problem: Problem, inputs: Inputs) -> Problem:
     if why is None:
       break
     reasons.append(f"{name}: {why}")
-  if name == "xla" and device.platform() != "cpu":
-    _say(f"Block-sparse attention runs on the backend {name} ({' '.join(reasons)})")
+  if reasons and device.platform() != "cpu":
+    # Plain JAX is a disappointment there; another kernel is as it should be.
+    level = logging.WARNING if name == "xla" else logging.INFO
+    _say(level, f"Block-sparse attention runs on the backend {name} ({' '.join(reasons)})")
   return dataclasses.replace(problem, backend=name)
 
 
 @functools.cache
-def _say(line: str):
-  log.info(line)  # once for each reason
+def _say(level: int, line: str):
+  log.log(level, line)  # once for each reason
 
 
 def attend(problem: Problem, inputs: Inputs) -> Float[Array, "b s h d"]:
@@ -136,12 +143,16 @@ def _attend_fwd(problem, inputs):
 
 def _attend_bwd(problem, saved, dout):
   inputs, out, lse = saved
-  got = backward(problem, inputs, out, lse, dout)
+  got = _compiled_backward(problem, inputs, out, lse, dout)
   nothing: Any = (None,) * (len(inputs) - len(got))  # numbers carry no gradient
   return (Inputs(*got, *nothing),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+# Outside of jit too a call is compiled once for its shapes, not whenever it is made.
+_compiled = jax.jit(attend, static_argnums=0, inline=True)
+_compiled_backward = jax.jit(backward, static_argnums=0, inline=True)
 
 
 def _check(q, k, v, index, count, length, past_k, past_v, past_length, block_q, block_k) -> Inputs:

@@ -4,8 +4,10 @@ Blocks of queries and keys are pooled to their means, scored against each other,
 that score best are listed for each query block. Nothing here is differentiated.
 """
 
+import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -33,8 +35,8 @@ def block_map(
   past_means: means of the blocks of a past buffer (`block_means`), which come before those of `k`;
     centred as `k` will be.
   states: numbers of valid tokens that the past buffer, or `k` where there is none, can have; known
-    on the host, so that counts are exact. state: which of them each sample has, from 0 on. All
-    tokens are valid by default.
+    on the host, so that counts are exact. state: which of them each sample has, from 0 on
+    (the nearest there is of numbers beyond). All tokens are valid by default.
   center: see `center_keys`.
   backend: "auto" takes Triton kernels where they can serve the call, "xla" never.
 
@@ -58,20 +60,31 @@ def block_map(
     raise ValueError(
       f"state is {state.dtype} {list(state.shape)}; give integers of shape [{q.shape[0]}]."
     )
+  given = past_means is not None
+  blocks = num_blocks(k.shape[1], block_k) + (past_means.shape[2] if given else 0)
+  # The kernels know of no valid length but that of the past.
+  kernels = (
+    backend == "auto"
+    and (given or states == [k.shape[1]])
+    and block_q == block_k
+    and triton_map.unsupported(q, block_q, blocks) is None
+  )
+  return _map(
+    q, k, past_means, state, float(ratio), tuple(states), center, block_q, block_k, kernels
+  )
+
+
+# Outside of jit too a call is compiled once for its shapes, not operation by operation.
+@functools.partial(jax.jit, static_argnums=range(4, 10), inline=True)
+def _map(q, k, past_means, state, ratio, states, center, block_q, block_k, kernels):
+  """`block_map` of checked arguments; kernels: by those of Triton."""
+  state = jnp.clip(state, 0, len(states) - 1)
   length = jnp.asarray(states, jnp.int32)[state]
   current = [] if past_means is None else [[k.shape[1]] * len(states)]
   table = kept_counts(ratio, states, *current, block=block_k)
   most, count = int(table.max()), jnp.asarray(table)[state]
-  blocks = num_blocks(k.shape[1], block_k) + (0 if past_means is None else past_means.shape[2])
-  # The kernels know of no valid length but that of the past.
-  whole = past_means is not None or states == [k.shape[1]]
   k = center_keys(k, center, length if past_means is None else None)
-  if (
-    backend == "auto"
-    and whole
-    and block_q == block_k
-    and triton_map.unsupported(q, block_q, blocks) is None
-  ):
+  if kernels:
     q_means, k_means = fold_batch(lambda *x: triton_map.block_means(x, block_q))(q, k)
     past = () if past_means is None else (past_means, -(-length // block_k))
     choose = lambda q, k, count, *past: triton_map.choose_blocks(q, k, most, count, *past)

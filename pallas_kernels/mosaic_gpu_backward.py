@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu_rings import (
-  LOG2E,
   ROWS,
   Keys,
   Stream,
@@ -30,10 +29,11 @@ from pallas_kernels.mosaic_gpu_rings import (
   tiles_product,
   transpose,
 )  # fmt: skip
-from pallas_kernels.problem import Gradients, Inputs, Problem
+from pallas_kernels.problem import LOG2E, Gradients, Inputs, Problem
 from pallas_kernels.transpose import transpose_lists
 
-ALONE = 1e30  # log-sum-exp of rows that see no key: their probabilities come out as zero
+# Log-sum-exp of rows that see no key: their probabilities come out as zero.
+ALONE = float(jnp.finfo(jnp.float32).max)
 
 
 def backward(

@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu_rings import (
-  LOG2E,
   ROWS,
   Keys,
   Stream,
@@ -32,9 +31,10 @@ from pallas_kernels.mosaic_gpu_rings import (
   tiles_product,
   transpose,
 )  # fmt: skip
-from pallas_kernels.problem import Inputs, Problem
+from pallas_kernels.problem import LOG2E, Inputs, Problem
 
-NEVER = -1e30  # below every score, and finite, so that differences of it are no NaN
+# Below every score, and finite, so that differences of it are no NaN.
+NEVER = float(jnp.finfo(jnp.float32).min)
 
 
 def forward(

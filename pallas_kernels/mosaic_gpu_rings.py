@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import device
 from pallas_kernels.problem import Inputs, Problem
 
-LOG2E = 1.4426950408889634
 ROWS = 64  # of a wgmma, and so of a warpgroup
 
 

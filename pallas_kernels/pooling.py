@@ -32,7 +32,8 @@ def center_keys(
   k: Float[Array, "b s h d"], center: str = "none", length: Int[Array, "b"] | None = None
 ) -> Float[Array, "b s h d"]:
   """Keys as the block map scores them: "none" as they are, "heads" less each token's mean over
-  heads, "sequence" less each head's mean over the first `length` tokens (which changes no choice).
+  heads, "sequence" less each head's mean over the first `length` tokens. That changes no choice
+  among blocks that are all centred by one mean; of two buffers, centre both by the same.
 
   Raises ValueError on another `center`.
   """
@@ -93,6 +94,8 @@ def choose_blocks(
   scores = jnp.einsum("bhqd,bhnd->bhqn", q_means, k_means, preferred_element_type=jnp.float32)
   scores = jax.lax.stop_gradient(scores)
   if valid is not None:
+    # A score may overflow, and is still that of a block with valid keys.
+    scores = jnp.maximum(scores, jnp.finfo(scores.dtype).min)
     scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
   index = jax.lax.top_k(scores, most)[1].astype(jnp.int32)
   count = jnp.full((b,), most, jnp.int32) if count is None else jnp.clip(count, 1, most)

@@ -7,6 +7,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.pooling import num_blocks
 
+LOG2E = 1.4426950408889634  # scores are in base 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:

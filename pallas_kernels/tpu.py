@@ -17,10 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import device
-from pallas_kernels.problem import Gradients, Inputs, Problem
+from pallas_kernels.problem import LOG2E, Gradients, Inputs, Problem
 from pallas_kernels.transpose import transpose_lists
 
-LOG2E = 1.4426950408889634
 LANES = 128
 # Rows of a tile, for each dtype that the kernels take.
 TILE_ROWS = {jnp.dtype("float32"): 8, jnp.dtype("bfloat16"): 16}

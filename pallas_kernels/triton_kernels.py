@@ -17,7 +17,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below any score, and finite, so that no difference of two maxima is NaN.
-LOWEST = tl.constexpr(-1e30)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit

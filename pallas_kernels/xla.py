@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.problem import Gradients, Inputs, Problem
-
-LOG2E = 1.4426950408889634
+from pallas_kernels.problem import LOG2E, Gradients, Inputs, Problem
 
 
 def unsupported(problem: Problem, inputs: Inputs) -> str | None:

@@ -126,6 +126,8 @@ def main(argv: list[str]) -> int:
     "backends": {},
     "tflops": {},
     "device": device.device_kind,
+    "size": stream._asdict(),
+    "dtype": "bfloat16",
     "jax": jax.__version__,
     "commit": args.commit or commit(),
     "command": " ".join(["python tools/benchmark.py kernels", *measured(argv)]),
@@ -153,15 +155,16 @@ def main(argv: list[str]) -> int:
     )
     return 2
   dense = time_dense(one)
-  show("dense", dense)
-  result["dense_cudnn_ms"] = dense["ms"]
+  key = "dense_cudnn_ms" if jax.default_backend() == "gpu" else "dense_xla_ms"
+  show(key.removesuffix("_ms").replace("_", ", "), dense)
+  result[key] = dense["ms"]
   for backend in ("auto", "xla"):
     rows = time_block_map(stream, backend)
     for name, row in rows.items():
       show(f"{name}, {backend}", row)
     result["backends"].setdefault("block_map", {})[backend] = rows["block map"]["ms"]
   result["block_map_ms"] = min(result["backends"]["block_map"].values())
-  result["tflops"]["dense_cudnn_ms"] = dense["tflops"]
+  result["tflops"][key] = dense["tflops"]
   for ratio in args.ratios:
     for kind in KINDS:
       for backend in backends:

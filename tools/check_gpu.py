@@ -182,6 +182,7 @@ def main(argv: list[str] | None = None) -> int:
   if not names:
     print("check_gpu: there is no backend to check on this machine.", file=sys.stderr)
     return 2
+  unserved = set(names) if args.cases else set()
   result: dict[str, Any] = {
     "device": device.device_kind,
     "jax": jax.__version__,
@@ -205,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         if "skipped" in row:
           print(f"{name:11} {case:12} {dtype:9} left out: {row['skipped']}")
           continue
+        unserved.discard(name)
         result.setdefault(name, {})[f"{case}, {dtype}"] = row
         well &= row["ok"]
         save()
@@ -213,6 +215,9 @@ def main(argv: list[str] | None = None) -> int:
         bits = "same bits" if row["same_bits"] else "DIFFERENT BITS"
         print(f"{name:11} {case:12} {dtype:9} {errors} lse {row['lse']:.1e} {bits} {verdict}",
               flush=True)  # fmt: skip
+  for name in unserved:
+    well = False
+    print(f"{name:11} serves none of the cases FAIL")
   row = result["block_map"] = check_block_map(seed)
   well &= row["ok"]
   print(f"block map by {'kernels' if row['kernel'] else 'plain JAX'}: sums of scores off by "

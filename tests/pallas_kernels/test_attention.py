@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import pallas_kernels as pk
 from pallas_kernels import attention, device
 from pallas_kernels.problem import Inputs
+from tests.helpers import compilations
 from tests.pallas_kernels.oracle import draw, oracle
 
 # The oracle is exact, and sums of some dozen float32 products round by 1e-7 of their size.
@@ -154,8 +155,22 @@ def test_a_count_per_sample_serves_all_its_lists():
   problem, inputs, _ = draw()
   index = jnp.clip(inputs.index, 0, 3)
   same = call(problem, inputs._replace(index=index, count=np.array([[[1]], [[2]]])))
-  one = call(problem, inputs._replace(index=index, count=np.ones(index.shape[:3], np.int32)))
-  np.testing.assert_array_equal(same[0], one[0])
+  for sample, count in enumerate((1, 2)):
+    counts = np.full(index.shape[:3], count, np.int32)
+    all_alike = call(problem, inputs._replace(index=index, count=counts))
+    np.testing.assert_array_equal(same[sample], all_alike[sample])
+  assert np.any(same[1] != call(problem, inputs._replace(index=index, count=counts - 1))[1])
+
+
+def test_outside_of_jit_too_a_call_is_compiled_once():
+  problem, inputs, dout = draw(s=19)
+  attend = functools.partial(call, problem, inputs)
+  value = lambda: jax.block_until_ready(attend(*inputs[:5]))
+  gradients = lambda: jax.block_until_ready(jax.vjp(attend, *inputs[:5])[1](dout))
+  value(), gradients()
+  with compilations() as compiled:
+    value(), gradients()
+  assert not compiled
 
 
 def test_half_precision_accumulates_in_single():
@@ -216,6 +231,8 @@ def test_a_backend_that_cannot_serve_says_why(backend):
     ({"block_count": np.ones((1, 1, 2), np.float32)}, "block_count is float32; give integers"),
     ({"block_count": np.ones((3,), np.int32)}, r"shape \[3\]; give one that broadcasts to"),
     ({"length": np.ones((2,), np.int32)}, r"length is int32 \[2\]"),
+    ({"scale": float("nan")}, "The scale is nan; give a finite number"),
+    ({"scale": np.ones(1)}, "give a finite number, not an array"),
     ({"backend": "mosaic"}, "Unknown backend 'mosaic'"),
   ],
 )

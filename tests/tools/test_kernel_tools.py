@@ -33,9 +33,10 @@ def test_the_benchmark_writes_its_figures(tmp_path, capsys):
   assert benchmark.main(["kernels", "--ratios", "0.2", "--out", str(out), "--commit", "abc"]) == 0
   figures = json.loads(out.read_text())
   for key in ("forward_64x64_ms", "backward_64x64_ms", "block_map_ms", "forward_128x64_ms",
-              "two_buffer_forward_64x64_ms", "dense_cudnn_ms"):  # fmt: skip
+              "two_buffer_forward_64x64_ms", "dense_xla_ms"):  # fmt: skip
     assert figures[key] > 0, key
   assert figures["command"] == "python tools/benchmark.py kernels --ratios 0.2"
+  assert figures["size"]["s"] == kernel_cases.SMALL.s  # what was measured is on record
   assert figures["commit"] == "abc" and "xla" in figures["backends"]
   text = capsys.readouterr().out
   assert "tpu is left out: it runs on TPUs." in text and "TFLOP/s" in text
@@ -91,6 +92,13 @@ def test_the_check_finds_what_is_wrong(what, monkeypatch, capsys):
   monkeypatch.setattr(check_gpu, "run", wrong_run)
   assert check_gpu.main(CASES) == 1
   assert "FAIL" in capsys.readouterr().out and all(calls)
+
+
+def test_a_backend_that_serves_no_case_does_not_pass(monkeypatch, capsys):
+  refuse = lambda problem, inputs: None if inputs.q.shape[1] == 64 else "it is a quiet day."
+  monkeypatch.setattr(xla, "unsupported", refuse)
+  assert check_gpu.main(CASES) == 1
+  assert "serves none of the cases FAIL" in capsys.readouterr().out
 
 
 def test_without_a_kernel_to_check_it_says_so(capsys):
