@@ -60,12 +60,12 @@ def block_map(
     raise ValueError(
       f"state is {state.dtype} {list(state.shape)}; give integers of shape [{q.shape[0]}]."
     )
-  given = past_means is not None
-  blocks = num_blocks(k.shape[1], block_k) + (past_means.shape[2] if given else 0)
+  past_blocks = None if past_means is None else past_means.shape[2]
+  blocks = num_blocks(k.shape[1], block_k) + (past_blocks or 0)
   # The kernels know of no valid length but that of the past.
   kernels = (
     backend == "auto"
-    and (given or states == [k.shape[1]])
+    and (past_blocks is not None or states == [k.shape[1]])
     and block_q == block_k
     and triton_map.unsupported(q, block_q, blocks) is None
   )
