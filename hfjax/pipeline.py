@@ -103,26 +103,41 @@ def load(path_or_hub_id: str | Path, autoencoder: str = "full", dtype: Any = Non
 
   Raises CheckpointError on what cannot be loaded, or does not fit together.
   """
-  if autoencoder not in AUTOENCODERS:
-    raise convert.CheckpointError(
-      f"There is no autoencoder {autoencoder!r}; choose one of {', '.join(AUTOENCODERS)}."
-    )
+  _check_kind(autoencoder)
   dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
   name = str(path_or_hub_id)
   if name.startswith("random:"):
     return _random(name.removeprefix("random:"), autoencoder, dtype)
   path = convert.locate(path_or_hub_id)
   config, params, variant = convert.load(path, "dit", dtype=dtype)
-  kind, _ = AUTOENCODERS[autoencoder]
-  decoder = convert.load(path, kind, dtype=dtype)
+  decoder = load_autoencoder(path, autoencoder, dtype)
   _check_latents(path, config, decoder.config)
   try:
     encode = TextEncoder(path, config, dtype)
   except (FileNotFoundError, ValueError) as e:
     raise convert.CheckpointError(str(e)) from e
-  return Pipeline(
-    config, params, variant, encode, Autoencoder(kind, decoder.config, decoder.params, dtype)
-  )
+  return Pipeline(config, params, variant, encode, decoder)
+
+
+def load_autoencoder(
+  path_or_hub_id: str | Path, autoencoder: str = "full", dtype: Any = None
+) -> Autoencoder:
+  """The autoencoder alone; see `load`."""
+  _check_kind(autoencoder)
+  dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
+  name = str(path_or_hub_id)
+  if name.startswith("random:"):
+    return _random_autoencoder(_preset(name.removeprefix("random:")), autoencoder, dtype)
+  kind, _ = AUTOENCODERS[autoencoder]
+  config, params, _ = convert.load(path_or_hub_id, kind, dtype=dtype)
+  return Autoencoder(kind, config, params, dtype)
+
+
+def _check_kind(autoencoder: str):
+  if autoencoder not in AUTOENCODERS:
+    raise convert.CheckpointError(
+      f"There is no autoencoder {autoencoder!r}; choose one of {', '.join(AUTOENCODERS)}."
+    )
 
 
 def _check_latents(path: Path, config: WanConfig, autoencoder: Any):
@@ -141,22 +156,30 @@ _SMALL = {
 _FULL = {"vae": vae.WAN21, "taehv": taehv.TAEHV}
 
 
-def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
+def _preset(name: str) -> WanConfig:
   known = {_plain(preset): preset for preset in PRESETS}
   if _plain(name) not in known:
     raise convert.CheckpointError(
       f"There is no model {name!r} to draw weights for; choose one of {', '.join(PRESETS)}."
     )
-  config = PRESETS[known[_plain(name)]]
+  return PRESETS[known[_plain(name)]]
+
+
+def _random_autoencoder(config: WanConfig, autoencoder: str, dtype: Any) -> Autoencoder:
   kind, network = AUTOENCODERS[autoencoder]
   sizes = (_SMALL if config.dim < 512 else _FULL)[kind]
+  return Autoencoder(kind, sizes, _draw(network.init_params, sizes, dtype), dtype)
+
+
+def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
+  config = _preset(name)
   variant = "paper" if config.linear else "reference_dense"
   return Pipeline(
     config,
     _draw(wan.init_params, config, dtype),
     variant,
     RandomText(config),
-    Autoencoder(kind, sizes, _draw(network.init_params, sizes, dtype), dtype),
+    _random_autoencoder(config, autoencoder, dtype),
   )
 
 

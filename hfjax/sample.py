@@ -1,383 +1,311 @@
 """Makes videos from prompts: `python -m hfjax.sample --weights=DIR --prompt="..."`.
 
 Each video is written while it is made, and can be watched meanwhile. Ctrl-C ends it after the chunk
-that is under way; a second one stops at once. Beside each video lies a JSON file that says how it
-was made.
+that is under way, and says how to go on; a second one stops at once. Beside each video lies a JSON
+file that says how it was made.
 
 Exit status: 0 if all is well, 1 if something failed on the way, 2 if the command makes no sense.
 """
 
-import contextlib
-import itertools
-import json
+import dataclasses
 import platform
-import re
-import signal
+import shlex
 import sys
-import time
 import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from hfjax import pipeline
 from hfjax.convert import CheckpointError
-from hfjax.models.geometry import VARIANTS
+from hfjax.sampling import requests, settings
+from hfjax.sampling.clip import WholeClip
+from hfjax.sampling.files import SavedLatents, load_state, save_state, weights_hash
+from hfjax.sampling.flags import FLAGS, PLACES, UsageError, fill, parse, reset, set_flags
+from hfjax.sampling.progress import Stop
+from hfjax.sampling.script import Cue, read_script
+from hfjax.sampling.videos import (
+  Job,
+  Made,
+  Source,
+  beside,
+  slug,
+  targets,
+  write_about,
+  write_videos,
+)
 from hfjax.streaming import Stream
-from hfjax.video import Preview, VideoError, VideoWriter, read_image, read_video
+from hfjax.streaming.stream import NEGATIVE
+from hfjax.video import VideoError
 
-FLAGS = flags.FlagValues()
-
-
-def _define():
-  define: Any = flags
-  text = lambda name, default, help: define.DEFINE_string(name, default, help, flag_values=FLAGS)
-  switch = lambda name, help: define.DEFINE_bool(name, False, help, flag_values=FLAGS)
-  number = lambda *args, **kw: define.DEFINE_integer(*args, flag_values=FLAGS, **kw)
-  real = lambda *args, **kw: define.DEFINE_float(*args, flag_values=FLAGS, **kw)
-  choice = lambda name, default, values, help: define.DEFINE_enum(
-    name, default, [*values], help, flag_values=FLAGS
-  )
-  text("weights", None, "folder that tools/convert_checkpoint.py wrote, a name on the Hugging Face "
-       "Hub, or random:NAME for noise from a model of that size")  # fmt: skip
-  flags.DEFINE_multi_string("prompt", [], "what the video shows; may be repeated",
-                            flag_values=FLAGS)  # fmt: skip
-  text("prompts_file", None, "text file with a prompt on each line")
-  text("out", None, "video to write, or folder for several; by default outputs/PROMPT-SEED.mp4")
-  real("seconds", None, "length of the video; 5 by default", lower_bound=0.01)
-  number("frames", None, "its length in frames instead", lower_bound=1)
-  switch("endless", "goes on until it is stopped")
-  text("size", "832x480", "columns and rows of pixels, multiples of 16")
-  text("fps", "16", "frames per second at which the video plays")
-  flags.DEFINE_multi_integer("seed", [0], "of the noise; may be repeated: a video for each",
-                             flag_values=FLAGS)  # fmt: skip
-  flags.DEFINE_list("steps", None, "denoising steps, such as 1000,750,500,250", flag_values=FLAGS)
-  choice("attention", "hybrid", ["hybrid", "dense"], "dense keeps every key block of the window")
-  choice("variant", None, VARIANTS, "semantics that the weights were trained with; theirs by "
-         "default")  # fmt: skip
-  real("sparsity", 0.8, "share of the window's key blocks that attention leaves out",
-       lower_bound=0, upper_bound=0.999)  # fmt: skip
-  number("window", 9, "latent frames that attention sees")
-  number("sink", 3, "first latent frames, seen for ever")
-  text("image", None, "image that the video begins with")
-  text("video", None, "video that it goes on from, whose last frames it begins with")
-  choice("vae", "full", pipeline.AUTOENCODERS, "autoencoder; the tiny one is faster")
-  choice("dtype", "bfloat16", ["bfloat16", "float32"], "that networks compute in")
-  switch("preview", "writes a contact sheet (PNG) and a GIF beside the video")
-  switch("overwrite", "replaces the file that --out names")
-  switch("quiet", "shows no progress")
-  text("log_json", None, "file to which a JSON line is added for each chunk")
-  switch("debug", "shows where an error came from")
+_LENGTHS = ("seconds", "frames", "endless")
+# What a saved stream fixes; another value needs another stream.
+_FIXED = (
+  "prompt", "prompts_file", "script", "negative_prompt", "seed", "samples", "image", "video",
+  "size", "fps", "preset", "steps", "solver", "guidance", "attention", "variant", "sparsity",
+  "window", "sink", "vae", "dtype",
+)  # fmt: skip
 
 
-_define()
-CONTEXT_FRAMES = 81  # of --video, as long as the clips that models are trained on
+@dataclasses.dataclass
+class Session:
+  """What all videos of a run have in common. digest: of the weights, once it is there."""
+
+  stop: Stop
+  digest: Future[str | None]
+  notes: list[str]
 
 
-class UsageError(ValueError):
-  """A command that cannot be followed; its text is a sentence."""
+def sample() -> int:
+  """Makes a video for each prompt, seed and sample; the exit status."""
+  words_given = bool(FLAGS.prompt or FLAGS.prompts_file)
+  requests.exclusive(**{"script": FLAGS.script, "prompt (or --prompts_file)": words_given})
+  cues = [] if FLAGS.script is None else read_script(Path(FLAGS.script).expanduser())
+  words = [cues[0].prompt] if cues else requests.prompts()
+  wanted, fps, count = requests.size(), requests.rate(), FLAGS.samples
+  frames = requests.length(fps, 0)
+  each = [(p, s) for p in words for s in FLAGS.seed]
+  if frames is None and len(each) > 1:
+    raise UsageError(f"{len(each)} videos without end were asked for; ask for one.")
+  requests.steps()  # checked before the weights are loaded
+  begin, notes = requests.beginning(wanted, fps)
+  names = [f"{slug(p)}-{s}" for p, s in each]
+  if count > 1:
+    names = [f"{name}-sample{i}" for name in names for i in range(count)]
+  paths = targets(names)
+  model = load()
+  plan = settings.plan(model)
+  if plan.bidirectional:
+    settings.check_clip(frames, begin, cues)
+  for note in notes:
+    say(f"{FLAGS.video}: {note}.")
+  with Stop() as stop:
+    session = Session(stop, in_background(weights_hash, FLAGS.weights), notes)
+    for number, (prompt, seed) in enumerate(each):
+      if stop.asked:
+        say(f"{len(each) - number} of {len(each)} videos were not begun.")
+        break
+      check_words(model, [prompt, *(cue.prompt for cue in cues[1:])])
+      job = Job(paths[number * count :][:count], wanted, fps, frames, begin, cues[1:])
+      source: Source
+      if plan.bidirectional:
+        source = whole_clip(model, plan, [prompt] * count, seed, wanted, frames or 1)
+        config = {"solver": plan.solver, "guidance": plan.guidance, "model": model.config}
+      else:
+        source = Stream(
+          model, [prompt] * count, size=wanted, seed=seed, negative_prompt=negative(),
+          dtype=FLAGS.dtype, **plan.stream,
+        )  # fmt: skip
+        config = describe_stream(source)
+      about = {"prompt": prompt, "seed": seed, "preset": plan.preset, "config": config}
+      make(job, source, session, about)
+  return 0
 
 
-def prompts() -> list[str]:
-  """Prompts of the command line, then of the file."""
-  found = list(FLAGS.prompt)
-  if FLAGS.prompts_file is not None:
-    try:
-      lines = Path(FLAGS.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-      raise UsageError(f"{FLAGS.prompts_file} cannot be read ({e}); give a text file.") from e
-    found += [line.strip() for line in lines if line.strip()]
-  if not found:
-    raise UsageError('There is no prompt; say what the video shows, as in --prompt="a red square".')
-  if any(not p.strip() for p in found):
-    raise UsageError("A prompt is empty; say what the video shows.")
-  return found
+def decode(path: Path) -> int:
+  """Makes a video of a file of latents; the exit status."""
+  latents, fps = SavedLatents(path), requests.rate()
+  (target,) = targets([path.name.removesuffix(".safetensors").removesuffix(".latents")])
+  autoencoder = pipeline.load_autoencoder(FLAGS.weights, FLAGS.vae, FLAGS.dtype)
+  source = latents.begin(autoencoder)
+  factor, rows, columns = autoencoder.config.space_factor, *latents.shape[1:3]
+  whole = 1 + autoencoder.config.time_factor * (latents.shape[0] - 1)
+  frames = min(whole, requests.length(fps, whole) or whole)
+  with Stop() as stop:
+    session = Session(stop, in_background(weights_hash, FLAGS.weights), [])
+    job = Job([target], (columns * factor, rows * factor), fps, frames)
+    make(job, source, session, {"latents": str(path)})
+  return 0
 
 
-def length(fps: Fraction) -> int | None:
-  """Frames of each video; None without end."""
-  given = [n for n in ("seconds", "frames") if FLAGS[n].value is not None]
-  given += ["endless"] * FLAGS.endless
-  if len(given) > 1:
-    raise UsageError(f"The length is given by {' and '.join(f'--{n}' for n in given)}; choose one.")
-  if FLAGS.endless:
-    return None
-  return FLAGS.frames or max(1, round((FLAGS.seconds or 5) * fps))
-
-
-def rate() -> Fraction:
-  """Frames per second."""
-  try:
-    fps = Fraction(FLAGS.fps)
-  except (ValueError, ZeroDivisionError):
-    fps = Fraction(0)
-  if not 0 < fps <= 1000:
+def resume(path: Path) -> int:
+  """Goes on with a stream that was saved, in a video of its own; the exit status."""
+  arrays, saved = load_state(path)
+  changed = [name for name in _FIXED if FLAGS[name].present]
+  if changed:
     raise UsageError(
-      f"The frame rate is {FLAGS.fps!r}; give frames per second, such as 16 or 30000/1001."
+      f"A saved stream goes on as it was begun, and --{changed[0]} would change it; leave it out."
     )
-  return fps
-
-
-def size() -> tuple[int, int]:
-  """Columns and rows."""
-  match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", FLAGS.size)
-  if match is None:
+  fill({k: v for k, v in saved["flags"].items() if k not in _LENGTHS}, str(path))
+  left = saved["frames_left"]
+  frames = requests.length(requests.rate(), 0 if left == 0 else left)
+  paths = targets(saved["names"])
+  digest = in_background(weights_hash, FLAGS.weights)
+  model = load()
+  if digest.result() != saved["weights_sha256"]:
     raise UsageError(
-      f"The size is {FLAGS.size!r}; give columns and rows of pixels, such as 832x480."
+      f"{path} was saved with other weights than those in {FLAGS.weights}; give those with "
+      "--weights."
     )
-  return int(match[1]), int(match[2])
+  cues = [Cue(None if at is None else Fraction(at), *rest) for at, *rest in saved["cues"]]
+  pending = arrays.pop("pending", None)
+  stream = Stream.from_state(model, arrays)
+  job = Job(paths, requests.size(), requests.rate(), frames, None, cues, saved["chunks"], pending)
+  about = {**saved["about"], "resumed_from": str(path), "config": describe_stream(stream)}
+  with Stop() as stop:
+    make(job, stream, Session(stop, digest, []), about)
+  return 0
 
 
-def _ratio(sparsity: float) -> float:
-  """What is kept; of 0.8 it is 0.2, and not a little less, since counts of blocks are floored."""
-  return round(1 - sparsity, 9)
-
-
-def settings() -> dict[str, Any]:
-  """What is set of `Geometry` and `StreamConfig`."""
-  found: dict[str, Any] = {
-    "window": FLAGS.window,
-    "sink": FLAGS.sink,
-    "ratio": 1.0 if FLAGS.attention == "dense" else _ratio(FLAGS.sparsity),
-    "variant": FLAGS.variant,
-    "dtype": FLAGS.dtype,
-  }
-  if FLAGS.steps is not None:
-    try:
-      found["steps"] = tuple(float(s) for s in FLAGS.steps)
-    except ValueError as e:
-      raise UsageError(f"The steps are {FLAGS.steps}; give numbers, as in 1000,750,500,250.") from e
-  return found
-
-
-def beginning(columns_rows: tuple[int, int], fps: Fraction) -> tuple[np.ndarray | None, list[str]]:
-  """Frames `[1 t y x 3]` that the videos begin with, and what was done to them."""
-  if FLAGS.image is not None and FLAGS.video is not None:
-    raise UsageError("There are --image and --video; begin with one of them.")
-  if FLAGS.image is not None:
-    return read_image(FLAGS.image, columns_rows)[None, None], []
-  if FLAGS.video is not None:
-    clip = read_video(FLAGS.video, columns_rows, fps, CONTEXT_FRAMES, from_end=True)
-    whole = (len(clip.frames) - 1) // 4 * 4 + 1  # what fills latents, so that nothing is repeated
-    return clip.frames[None, -whole:], clip.notes
-  return None, []
-
-
-def targets(names: list[str]) -> list[Path]:
-  """Paths of the videos; their folder is made. Raises UsageError if one would be lost."""
-  out = Path("outputs" if FLAGS.out is None else FLAGS.out).expanduser()
-  single = FLAGS.out is not None and out.suffix.lower() == ".mp4" and not out.is_dir()
-  if single and len(names) > 1:
-    raise UsageError(f"{len(names)} videos are to be made, and --out is one file; give a folder.")
-  folder = out.parent if single else out
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UsageError(f"{folder} cannot be made ({e.strerror}); write elsewhere with --out.") from e
-  if single:
-    if out.exists() and not FLAGS.overwrite:
-      raise UsageError(f"{out} is there already; choose another name, or add --overwrite.")
-    return [out]
-  found: list[Path] = []
-  for name in names:
-    endings = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-    paths = (folder / f"{name}{ending}.mp4" for ending in endings)
-    found.append(next(p for p in paths if p not in found and not p.exists()))
-  return found
-
-
-def slug(prompt: str) -> str:
-  """A file name of the prompt's words."""
-  words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
-  return words[:60].rstrip("-_") or "video"
-
-
-class Stop:
-  """Whether the user has asked to stop, by Ctrl-C or SIGTERM; a second one stops at once."""
-
-  def __init__(self):
-    self.asked = False
-
-  def __enter__(self) -> "Stop":
-    self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    return self
-
-  def __exit__(self, *exception):
-    for number, handler in self.before.items():
-      signal.signal(number, handler)
-
-  def _ask(self, number, frame):
-    if self.asked:
-      raise KeyboardInterrupt
-    self.asked = True
-    print("\nStopping after this chunk; once more stops at once.", file=sys.stderr, flush=True)
-
-
-class Progress:
-  """Chunk, length, speed and time left, on one line; and a JSON line for each chunk."""
-
-  def __init__(self, name: str, total: int | None, fps: Fraction, log: TextIO | None):
-    self.fps, self.log, self.chunks, self.frames = fps, log, 0, 0
-    self.start = time.perf_counter()
-    self.marks: list[tuple[float, int]] = []  # seconds and frames, of the first chunk and the last
-    self.bar = tqdm(total=total, unit=" frames", desc=name[:32], disable=FLAGS.quiet)
-
-  def add(self, frames: int):
-    """So many more frames are in the file."""
-    now = time.perf_counter() - self.start
-    self.chunks += 1
-    self.frames += frames
-    self.marks = [*self.marks[:1], (now, self.frames)]
-    video = float(self.frames / self.fps)
-    self.bar.update(frames)
-    self.bar.set_postfix_str(f"chunk {self.chunks}, {video:.1f} s, {video / now:.2f} x real time")
-    if self.log is not None:
-      row = {"chunk": self.chunks, "frames": self.frames, "wall_s": round(now, 4)}
-      self.log.write(json.dumps(row) + "\n")
-      self.log.flush()
-
-  def figures(self) -> dict[str, Any]:
-    """Figures of the whole; speed without the first chunk, which waits for compilation."""
-    (first, before), (last, after) = self.marks[0], self.marks[-1]
-    stats = jax.devices()[0].memory_stats() or {}
-    return {
-      "frames": after,
-      "first_chunk_s": round(first, 3),
-      "frames_per_second": round((after - before) / (last - first), 3) if after > before else None,
-      "total_s": round(last, 3),
-      "peak_bytes": stats.get("peak_bytes_in_use"),
-    }
-
-  def __enter__(self) -> "Progress":
-    return self
-
-  def __exit__(self, *exception):
-    self.bar.close()
-
-
-def write_video(
-  path: Path,
-  stream: Stream,
-  begin: np.ndarray | None,
-  frames: int | None,
-  fps: Fraction,
-  stop: Stop,
-) -> dict[str, Any]:
-  """Makes one video; its figures. A disk that is full ends it, with what was written."""
-  width, height = size()
-  preview = Preview() if FLAGS.preview else None
-  with contextlib.ExitStack() as stack:
-    writer = stack.enter_context(VideoWriter(path, width, height, fps))
-    log = FLAGS.log_json and stack.enter_context(open(FLAGS.log_json, "a"))
-    progress = stack.enter_context(Progress(path.stem, frames, fps, log))
-
-    def put(chunk: Any):
-      """Writes a chunk, as far as frames are wanted."""
-      some = np.asarray(chunk)[0, : None if frames is None else frames - writer.frames]
-      writer.write(some)
-      progress.add(len(some))
-      if preview is not None:
-        preview.add(some)
-
-    if begin is not None:
-      put(stream.extend(jnp.asarray(begin)))
-    ahead = None  # handed to the device, which works on it while the one before is written
-    expected = stream.frames
-    # At least one chunk, however early a stop is asked for.
-    while not (stop.asked and expected) and (frames is None or expected < frames):
-      chunk = next(stream)
-      expected = stream.frames
-      if ahead is not None:
-        put(ahead)
-      ahead = chunk
-    if ahead is not None:
-      put(ahead)
-  if preview is not None:
-    preview.write(path.with_suffix(""), fps)
-  return progress.figures()
-
-
-def describe(prompt: str, seed: int, stream: Stream, figures: dict[str, Any], notes: list[str]):
-  """What the JSON file beside a video says."""
-  return {
-    "prompt": prompt,
-    "seed": seed,
+def make(job: Job, source: Source, session: Session, about: dict[str, Any]):
+  """Writes the videos of a job, and what is to be known of them."""
+  about |= {
+    "script": FLAGS.script and [cue._asdict() for cue in job.cues],
+    "flags": set_flags(),
+    "notes": session.notes,
     "weights": FLAGS.weights,
-    "flags": {k: v for k, v in FLAGS.flag_values_dict().items() if FLAGS[k].present},
-    "config": {
-      "steps": stream.config.steps,
-      "geometry": stream.config.geometry.__dict__,
-      "model": stream.config.model.__dict__,
-      "dtype": stream.config.dtype,
-      "backend": stream.config.backend,
-    },
-    "notes": notes,
     "device": jax.devices()[0].device_kind,
-    "versions": {"jax": jax.__version__, "python": platform.python_version()},
-    "timings": figures,
+    "versions": versions(),
   }
+  for path in job.paths:
+    write_about(path, {**about, "timings": None}, say)  # there if the process is killed
+  made = write_videos(job, source, session.stop)
+  hashed = {"weights_sha256": session.digest.result(), "timings": made.figures}
+  for path in job.paths:
+    write_about(path, {**about, **hashed}, say)
+    say(summary(path, job, made.figures))
+  if isinstance(source, Stream) and (made.stopped or FLAGS.save_state):
+    save(job, source, made, {**about, **hashed})
+
+
+def save(job: Job, stream: Stream, made: Made, about: dict[str, Any]):
+  """Writes the state of a stream, and says how to go on."""
+  path = beside(job.paths[0], ".state.safetensors")
+  state = stream.state()
+  if made.surplus is not None:
+    state["pending"] = made.surplus
+  note = {
+    "flags": {k: v for k, v in set_flags().items() if k not in PLACES},
+    "names": [p.stem for p in job.paths],
+    "frames_left": None if job.frames is None else job.frames - made.figures["frames"],
+    "weights_sha256": about["weights_sha256"],
+    "cues": [[None if c.at is None else str(c.at), *c[1:]] for c in job.cues],
+    "chunks": job.chunks,
+    "about": {k: about.get(k) for k in ("prompt", "seed", "preset")},
+  }
+  save_state(path, state, note)
+  size = path.stat().st_size / 2**20
+  say(f"The stream is kept ({size:.0f} MiB). Go on with it by")
+  say(f"  python -m hfjax.sample --resume={shlex.quote(str(path))}")
+
+
+def whole_clip(model, plan, prompts, seed, size, frames) -> WholeClip:
+  """A clip of an undistilled bidirectional model, with a bar for its steps."""
+  bar = tqdm(total=plan.solver.steps, unit=" steps", desc="denoising", disable=FLAGS.quiet)
+
+  def progress(step: int):
+    del step
+    bar.update()
+    if bar.n >= plan.solver.steps:
+      bar.close()
+
+  return WholeClip(
+    model, prompts, size=size, frames=frames, solver=plan.solver, guidance=plan.guidance,
+    negative_prompt=negative(), seed=seed, dtype=FLAGS.dtype, progress=progress,
+  )  # fmt: skip
+
+
+def load() -> pipeline.Pipeline:
+  """The networks that the flags name."""
+  return pipeline.load(FLAGS.weights, FLAGS.vae, FLAGS.dtype)
+
+
+def negative() -> str:
+  """What guided videos keep away from."""
+  return NEGATIVE if FLAGS.negative_prompt is None else FLAGS.negative_prompt
+
+
+def check_words(model: pipeline.Pipeline, prompts: Sequence[str]):
+  """Says which prompts are too long."""
+  for prompt in prompts:
+    if surplus := model.encode.surplus(prompt):
+      say(f"The prompt is too long: its last {surplus} tokens are left out.")
+
+
+def describe_stream(stream: Stream) -> dict[str, Any]:
+  """Configuration of a stream for its JSON file."""
+  c = stream.config
+  return {
+    "steps": None if c.solver else c.steps,
+    "solver": c.solver,
+    "guidance": c.guidance,
+    "shift": c.shift,
+    "geometry": vars(c.geometry),
+    "model": vars(c.model),
+    "dtype": c.dtype,
+    "backend": c.backend,
+  }
+
+
+def summary(path: Path, job: Job, figures: dict[str, Any]) -> str:
+  """A line about a video that is there."""
+  parts = [
+    f"{path}: {figures['frames']} frames, {float(figures['frames'] / job.fps):.2f} s; first chunk "
+    f"after {figures['first_chunk_s']:.1f} s"
+  ]
+  for name, key in (("transformer", "transformer_"), ("decoder", "decoder_"), ("pixels", "")):
+    if speed := figures[f"{key}frames_per_second"]:
+      parts.append(f"{name} {speed:.1f} FPS")
+  if figures["peak_bytes"]:
+    parts.append(f"{figures['peak_bytes'] / 2**30:.1f} GiB at most")
+  return ", ".join(parts)
+
+
+def versions() -> dict[str, str]:
+  """Of what made a video."""
+  found = {"python": platform.python_version()}
+  for name in ("hfjax", "jax", "jaxlib", "flax", "av"):
+    try:
+      found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from the repository
+      continue
+  return found
+
+
+def in_background(call, *args) -> Future:
+  """A call in a thread of its own."""
+  pool = ThreadPoolExecutor(1)
+  future = pool.submit(call, *args)
+  pool.shutdown(wait=False)
+  return future
+
+
+def say(*words: Any):
+  """Prints unless the user wants quiet."""
+  if not FLAGS.quiet:
+    print(*words, flush=True)
 
 
 def run() -> int:
-  """Makes all videos; the exit status."""
+  """Does what the flags say; the exit status."""
+  from_latents = FLAGS.latents not in (None, "save")
+  requests.exclusive(resume=FLAGS.resume, latents=from_latents)
+  if FLAGS.resume is not None:
+    return resume(Path(FLAGS.resume).expanduser())
   if FLAGS.weights is None:
     raise UsageError(
       "There are no weights in this package yet: give --weights=DIR, a folder that "
       "tools/convert_checkpoint.py wrote, or --weights=random:tiny to see it work on noise."
     )
-  words, fps, wanted = prompts(), rate(), size()
-  frames = length(fps)
-  if frames is None and len(words) * len(FLAGS.seed) > 1:
-    raise UsageError(
-      f"{len(words) * len(FLAGS.seed)} videos without end were asked for; ask for one."
-    )
-  options = settings()
-  begin, notes = beginning(wanted, fps)
-  videos = [(p, s) for p in words for s in FLAGS.seed]
-  paths = targets([f"{slug(p)}-{s}" for p, s in videos])
-  model = pipeline.load(FLAGS.weights, FLAGS.vae, FLAGS.dtype)
-  say = (lambda *x: None) if FLAGS.quiet else lambda *x: print(*x, flush=True)
-  for note in notes:
-    say(f"{FLAGS.video}: {note}.")
-  with Stop() as stop:
-    for (prompt, seed), path in zip(videos, paths, strict=True):
-      if stop.asked:
-        break
-      if surplus := model.encode.surplus(prompt):
-        say(f"The prompt is too long: its last {surplus} tokens are left out.")
-      stream = Stream(model, prompt, size=wanted, seed=seed, **options)
-      figures = write_video(path, stream, begin, frames, fps, stop)
-      about = describe(prompt, seed, stream, figures, notes)
-      path.with_suffix(".json").write_text(json.dumps(about, indent=2, default=str) + "\n")
-      peak = figures["peak_bytes"]
-      say(
-        f"{path}: {figures['frames']} frames, {float(figures['frames'] / fps):.2f} s; first chunk "
-        f"after {figures['first_chunk_s']:.1f} s"
-        + (f", then {figures['frames_per_second']:.1f} FPS" if figures["frames_per_second"] else "")
-        + (f"; {peak / 2**30:.1f} GiB at most" if peak else "")
-      )
-  return 0
+  return decode(Path(FLAGS.latents).expanduser()) if from_latents else sample()
 
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; the exit status."""
   argv = sys.argv[1:] if argv is None else argv
-  FLAGS.unparse_flags()
-  for name in FLAGS:
-    FLAGS[name].unparse()
+  reset()
   if {"-h", "--help"} & set(argv):
     print(f"{__doc__}\n{FLAGS.get_help()}")
     return 0
   try:
-    rest = FLAGS(["sample", *argv])[1:]
-    if rest:
-      raise UsageError(f'{rest[0]!r} is no flag; prompts are given as --prompt="...".')
+    parse(argv)
     return run()
   except (flags.Error, UsageError) as e:
     return _fail(e, 2)
@@ -394,12 +322,15 @@ def main(argv: list[str] | None = None) -> int:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
     return _fail(
-      "The device is out of memory; take a smaller --size or --window, or --vae=tiny.", 1, e
+      "The device is out of memory; take a smaller --size or --window, fewer --samples, or "
+      "--vae=tiny.",
+      1,
+      e,
     )
 
 
 def _fail(message: Any, status: int, error: BaseException | None = None) -> int:
-  if len(FLAGS) and FLAGS["debug"].value:
+  if FLAGS["debug"].value:
     traceback.print_exception(error or message)
   print(f"sample: {' '.join(str(message).split())}", file=sys.stderr)
   return status

@@ -2,17 +2,25 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from hfjax import sample
-from hfjax.video import read_video, write_image
+from hfjax import pipeline, sample
+from hfjax.sampling.flags import parse
+from hfjax.sampling.progress import Progress, Stop
+from hfjax.sampling.videos import Job, write_videos
+from hfjax.streaming import Stream
+from hfjax.video import VideoReader, read_video, write_image
+from tests.helpers import live_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = [
@@ -95,6 +103,15 @@ def test_an_image_begins_a_video_which_another_goes_on_from(capsys):
     ([*FAST, WORDS, "--speed=9"], "Unknown command line flag 'speed'"),
     ([*FAST, WORDS, "loose"], "'loose' is no flag"),
     ([*FAST, WORDS, "--image=a.png", "--video=a.mp4"], "begin with one of them"),
+    ([*FAST, WORDS, "--script=a.yaml"], "--script and --prompt (or --prompts_file) do not go"),
+    ([*FAST, "--script=none.yaml"], "none.yaml cannot be read"),
+    ([*FAST, WORDS, "--config=none.yaml"], "none.yaml cannot be read"),
+    ([*FAST, WORDS, "--samples=0"], "samples"),
+    ([*FAST, WORDS, "--solver=unipc"], "takes a number of steps, and got a list of 2"),
+    ([*FAST, WORDS, "--guidance=-1"], "guidance"),
+    ([*FAST, WORDS, "--preset=wan", "--steps=3", "--endless"], "--endless cannot be had of"),
+    ([*FAST, WORDS, "--preset=wan", "--steps=3", "--solver=few-step"], "needs a multistep solver"),
+    (["--resume=a", "--latents=b"], "--resume and --latents do not go together"),
     ([*FAST, WORDS, "--out=a.mp4", "--seed=1", "--seed=2"], "--out is one file; give a folder"),
     ([*FAST, WORDS, "--out=/proc/none/a.mp4"], "/proc/none cannot be made"),
   ],
@@ -111,6 +128,8 @@ def test_commands_that_make_no_sense(args, sentence, capsys):
     (["--weights=no/such/thing"], "neither a file or folder here"),
     (["--image=none.png"], "none.png is not there"),
     (["--video=none.mp4"], "none.mp4 is not there"),
+    (["--latents=none.safetensors"], "none.safetensors is not there"),
+    (["--resume=none.safetensors"], "none.safetensors is not there"),
   ],
 )
 def test_files_that_are_not_there(args, sentence, capsys):
@@ -118,15 +137,160 @@ def test_files_that_are_not_there(args, sentence, capsys):
 
 
 def test_a_stop_before_the_first_chunk_still_gives_a_video():
-  stop = sample.Stop()
+  stop = Stop()
   stop.asked = True
-  sample.FLAGS(["sample", *FAST, WORDS, "--quiet"])
-  model = sample.pipeline.load("random:tiny", "tiny", "float32")
-  stream = sample.Stream(model, "a", size=(64, 32), dtype="float32", steps=(1000,))
-  path = Path("a.mp4")
-  figures = sample.write_video(path, stream, None, None, sample.Fraction(16), stop)
-  assert figures["frames"] == len(read_video(path).frames) == 9
-  assert figures["frames_per_second"] is None
+  parse([*FAST, WORDS, "--quiet"])
+  model = pipeline.load("random:tiny", "tiny", "float32")
+  stream = Stream(model, "a", size=(64, 32), dtype="float32", steps=(1000,))
+  made = write_videos(Job([Path("a.mp4")], (64, 32), Fraction(16), None), stream, stop)
+  assert made.figures["frames"] == len(read_video("a.mp4").frames) == 9
+  assert made.figures["frames_per_second"] is None and made.stopped and made.surplus is None
+
+
+def saved_latents(path):
+  return load_file(path)["latents"]
+
+
+def test_a_stopped_video_is_gone_on_with_to_the_bit(capsys, monkeypatch):
+  """Latents of two parts, and of a third, are those of one video; nothing is shown twice."""
+  script = "- prompt: A red square, moving!\n- {at: 1.1, prompt: b, blend: 2}\n- {chunk: 5, prompt: c}"
+  Path("s.yaml").write_text(script)
+  fast = [*FAST[:-2], "--window=6", "--steps=1000,500", "--script=s.yaml", "--latents=save"]
+  assert sample.main([*fast, "--frames=80", "--out=whole.mp4", "--quiet"]) == 0
+  assert not Path("whole.state.safetensors").exists()
+  whole = saved_latents("whole.latents.safetensors")
+  # The first part is stopped during its second chunk, as Ctrl-C would.
+  real = Progress.add
+
+  def add(self, frames):
+    real(self, frames)
+    if self.chunks == 1:
+      signal.raise_signal(signal.SIGINT)
+
+  monkeypatch.setattr(Progress, "add", add)
+  assert sample.main([*fast, "--frames=80", "--out=part.mp4"]) == 0
+  monkeypatch.setattr(Progress, "add", real)
+  told = capsys.readouterr()
+  assert "Stopping after this chunk" in told.err
+  resume = re.search(r"python -m hfjax.sample (--resume=\S+)", told.out)[1]
+  first = len(read_video("part.mp4").frames)
+  assert 9 < first < 80
+  assert sample.main([resume, "--frames=20", "--out=b.mp4", "--save_state"]) == 0
+  assert sample.main(["--resume=b.state.safetensors", "--quiet"]) == 0
+  (rest,) = Path("outputs").glob("*.mp4")
+  counts = [len(read_video(p).frames) for p in ("part.mp4", "b.mp4", rest)]
+  assert counts == [first, 20, 80 - first - 20] and rest.stem == "b"
+  parts = ["part.latents.safetensors", "b.latents.safetensors", "outputs/b.latents.safetensors"]
+  np.testing.assert_array_equal(np.concatenate([saved_latents(p) for p in parts]), whole)
+  # Frames too, but for what H.264 makes of them.
+  joined = np.concatenate([read_video(p).frames for p in ("part.mp4", "b.mp4", rest)])
+  off = np.abs(joined.astype(int) - read_video("whole.mp4").frames)
+  assert off.mean() < 4
+  about = json.loads(rest.with_suffix(".json").read_text())
+  assert about["resumed_from"] == "b.state.safetensors"
+  assert "--window would change it" in refused(capsys, resume, "--window=9")
+  monkeypatch.setattr(sample, "weights_hash", lambda weights: "others")
+  assert "saved with other weights" in refused(capsys, resume)
+
+
+def test_samples_are_videos_side_by_side(capsys):
+  args = [*FAST, WORDS, "--frames=9", "--vae=tiny", "--quiet"]
+  assert sample.main([*args, "--samples=2", "--seed=4", "--latents=save"]) == 0
+  paths = [Path(f"outputs/a-red-square-moving-4-sample{i}.mp4") for i in range(2)]
+  clips = [read_video(p).frames for p in paths]
+  assert np.any(clips[0] != clips[1])
+  assert all(p.with_suffix(".json").exists() for p in paths)
+  # The first sample is what a single video of that seed is, whatever is beside it.
+  assert sample.main([*args, "--seed=4", "--latents=save", "--out=one.mp4"]) == 0
+  both = saved_latents(paths[0].with_suffix(".latents.safetensors"))
+  np.testing.assert_allclose(both, saved_latents("one.latents.safetensors"), atol=1e-4)
+
+
+def test_saved_latents_become_a_video_again(capsys):
+  args = [*FAST, WORDS, "--vae=tiny", "--quiet"]
+  assert sample.main([*args, "--frames=21", "--latents=save", "--out=a.mp4"]) == 0
+  assert sample.main(["--weights=random:tiny", "--vae=tiny", "--dtype=float32", "--quiet",
+                      "--latents=a.latents.safetensors", "--fps=8"]) == 0  # fmt: skip
+  again, first = read_video("outputs/a.mp4"), read_video("a.mp4")
+  assert again.fps == 8
+  np.testing.assert_array_equal(again.frames, first.frames)
+  assert json.loads(Path("outputs/a.json").read_text())["latents"] == "a.latents.safetensors"
+
+
+@pytest.mark.parametrize(
+  ("args", "frames"),
+  [
+    (["--preset=wan", "--steps=3", "--guidance=3"], 14),
+    (["--preset=wan", "--solver=dpm++", "--steps=2", "--guidance=1", "--samples=2"], 1),
+    (["--preset=self_forcing", "--solver=unipc", "--steps=2", "--window=6"], 10),
+    (["--preset=longlive", "--steps=2", "--sink=1", "--window=6"], 10),
+  ],
+)
+def test_undistilled_and_dense_models(args, frames, capsys):
+  args = [*FAST[:3], WORDS, *args, f"--frames={frames}", "--out=.", "--vae=tiny"]
+  assert sample.main(args) == 0
+  paths = sorted(Path().glob("*.mp4"))
+  assert all(len(read_video(p).frames) == frames for p in paths)
+  about = json.loads(paths[0].with_suffix(".json").read_text())
+  preset = args[4].removeprefix("--preset=")
+  assert about["preset"] == preset and about["timings"]["frames"] == frames
+  error = capsys.readouterr().err
+  if preset == "wan":
+    steps = 3 if frames == 14 else 2
+    assert f"{steps}/{steps}" in error  # of the bar of steps
+  else:
+    assert about["config"]["geometry"]["variant"] == "reference_dense"
+    assert about["config"]["guidance"] == (5 if preset == "self_forcing" else 1)
+
+
+def test_a_file_of_settings_makes_the_same_video_again():
+  assert sample.main([*FAST, WORDS, "--frames=9", "--seed=5", "--quiet", "--vae=tiny"]) == 0
+  first = Path("outputs/a-red-square-moving-5.mp4")
+  assert sample.main([f"--config={first.with_suffix('.json')}", "--out=b.mp4", "--quiet"]) == 0
+  np.testing.assert_array_equal(read_video("b.mp4").frames, read_video(first).frames)
+  about = json.loads(first.with_suffix(".json").read_text())
+  assert about["weights_sha256"] is None and about["versions"]["jax"]
+  assert about["timings"]["frames_per_second"] is None  # of one chunk there is no speed
+
+
+def test_a_disk_that_is_full_ends_the_video_and_keeps_what_is_there(tmp_path):
+  code = (
+    "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    "from hfjax import sample; sys.exit(sample.main(sys.argv[1:]))"
+  )
+  command = [sys.executable, "-c", code, *FAST, WORDS, "--endless", "--out=a.mp4", "--vae=tiny"]
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  sentence = done.stderr.strip().splitlines()[-1]
+  kept = int(re.search(r"sample: a.mp4 .* The (\d+) frames before are kept", sentence)[1])
+  assert len(read_video(tmp_path / "a.mp4").frames) == kept > 9
+
+
+@pytest.mark.slow
+def test_memory_is_constant_over_three_hundred_chunks():
+  rows = []
+  real = Progress.add
+
+  def add(self, frames):
+    real(self, frames)
+    if self.chunks % 50 == 0:
+      resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+      rows.append((resident, *live_bytes()))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Progress, "add", add)
+    args = [*FAST, WORDS, "--frames=3597", "--preview", "--latents=save", "--vae=tiny", "--quiet"]
+    assert sample.main([*args, "--out=a.mp4"]) == 0
+  assert len(rows) == 6
+  resident, live, arrays = (np.array(x) for x in zip(*rows, strict=True))
+  assert np.all(live[1:] == live[1]) and np.all(arrays[1:] == arrays[1])
+  assert resident[-1] - resident[1] < 2**25  # 200 chunks of frames and latents would be 29 MB
+  frames = 0
+  with VideoReader("a.mp4", (64, 32), 16) as video:
+    for _ in video:
+      frames += 1
+  assert frames == 3597
 
 
 def test_help_names_the_flags(capsys):

@@ -1,14 +1,17 @@
 """Between latents and the bytes of frames, while a stream goes on."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from hfjax.models import taehv, vae
 from hfjax.models.clips import to_uint8
+from hfjax.streaming.trees import named, renamed
 
 _NETWORKS = {"vae": vae, "taehv": taehv}
 
@@ -54,6 +57,22 @@ class FrameDecoder:
       more, self.cache = _decode(a.kind, a.config, a.params, self.cache, latents)
       frames.append(more)
     return frames[0] if len(frames) == 1 else jnp.concatenate(frames, axis=1)
+
+  def to_arrays(self) -> dict[str, np.ndarray]:
+    """What later pieces need of earlier ones, by name, on the host; nothing before the first."""
+    return {name: np.array(x) for name, x in named(self.cache or {}).items()}
+
+  def restore(self, arrays: Mapping[str, np.ndarray], batch: int, height: int, width: int):
+    """Takes what `to_arrays` returned; height, width: of the latents.
+
+    Raises ValueError, which lists what does not fit, on arrays of another autoencoder or size.
+    """
+    a = self.autoencoder
+    if arrays:
+      latent = jax.ShapeDtypeStruct((batch, 1, height, width, a.config.z_dim), jnp.float32)
+      decode = functools.partial(_decode_first, a.kind, a.config, a.dtype)
+      _, like = jax.eval_shape(decode, a.params, latent)
+      self.cache = renamed(like, arrays)
 
 
 def from_bytes(x: UInt8[Array, "*b"]) -> Float[Array, "*b"]:

@@ -1,6 +1,8 @@
 """A video that does not end, from a prompt: frames come while they are made."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,11 +12,22 @@ from jaxtyping import Array, UInt8
 
 from hfjax.models.geometry import Geometry
 from hfjax.streaming.config import StreamConfig
+from hfjax.diffusion.solvers import MultistepSolver
+from hfjax.streaming import snapshot
 from hfjax.streaming.latent_stream import KEPT, LatentStream
 from hfjax.streaming.pixels import FrameDecoder
+from hfjax.streaming.trees import part
 
 if TYPE_CHECKING:
   from hfjax.pipeline import Pipeline
+
+# What guided videos keep away from, unless something else is asked for.
+NEGATIVE = (
+  "blurred, pixelated or noisy picture, washed-out colours, too bright, too dark, frozen or "
+  "flickering motion, misshapen bodies, surplus limbs and fingers, melting faces, crowded "
+  "background, captions, logos, frames"
+)
+_CONFIG = ("steps", "warp", "shift", "context_timestep", "dtype", "backend", "guidance")
 
 
 class Stream:
@@ -33,6 +46,7 @@ class Stream:
     *,
     size: tuple[int, int] = (832, 480),
     seed: int | Sequence[int] = 0,
+    negative_prompt: str = NEGATIVE,
     kept: int = KEPT,
     dtype: str = "bfloat16",
     backend: str = "auto",
@@ -41,15 +55,19 @@ class Stream:
     """Begins a video for each prompt.
 
     model: see `hfjax.pipeline.load`. size: columns and rows of pixels. seed: one for all, from
-      which each video takes its own noise, or one for each. kept: see `LatentStream`.
+      which each video takes its own noise, or one for each. negative_prompt: what guided videos
+      keep away from. kept: see `LatentStream`.
     settings: of `Geometry` (window, sink, chunk, ratio, rope_cap, variant) and of `StreamConfig`
-      (steps, warp, shift), whose defaults hold. The variant is by default the model's.
+      (steps, warp, shift, solver, guidance), whose defaults hold. The variant is by default the
+      model's.
 
     Raises ValueError on sizes and settings that cannot work, with the nearest that can.
     """
     self.model, self.prompts = model, _listed(prompt)
     self.config = configure(model, size, dtype=dtype, backend=backend, **settings)
-    self.latents = LatentStream(self.config, model.params, model.encode(self.prompts), seed, kept)
+    context, guided = model.encode(self.prompts), self.config.guidance != 1
+    negative = model.encode(_listed(negative_prompt)) if guided else None
+    self.latents = LatentStream(self.config, model.params, context, seed, kept, negative)
     self.decoder = FrameDecoder(model.autoencoder)
     self.chunk: Array | None = None
 
@@ -112,6 +130,43 @@ class Stream:
     self.latents.set_context(self.model.encode(prompts), blend, share)
     self.prompts = prompts
 
+  def state(self) -> dict[str, np.ndarray]:
+    """All that the stream is, but for the model: arrays on the host, to be saved as they are."""
+    config = {k: v for k, v in vars(self.config).items() if k in _CONFIG}
+    config |= {"geometry": vars(self.config.geometry)}
+    if self.config.solver is not None:
+      config |= {"solver": dataclasses.asdict(self.config.solver)}
+    about = json.dumps({"prompts": self.prompts, "config": config}).encode()
+    return {
+      "about": np.frombuffer(about, np.uint8),
+      **{f"latents/{k}": x for k, x in snapshot.to_arrays(self.latents).items()},
+      **{f"decoder/{k}": x for k, x in self.decoder.to_arrays().items()},
+    }
+
+  @classmethod
+  def from_state(cls, model: "Pipeline", state: Mapping[str, np.ndarray]) -> "Stream":
+    """The stream whose `state` this is; on the same machine it goes on with the same bits.
+
+    model: the one that it was made with. Raises ValueError on the state of another model, or none.
+    """
+    try:
+      about = json.loads(np.asarray(state["about"]).tobytes())
+      prompts, fields = about["prompts"], about["config"]
+      fields["geometry"] = Geometry(**_tuples(fields["geometry"]))
+      solver = fields.pop("solver", None)
+      fields["solver"] = solver and MultistepSolver(**solver)
+      config = StreamConfig(model.config, **_tuples(fields))
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
+      raise ValueError(f"This is no state of a stream ({e}); give what Stream.state made.") from e
+    g = config.geometry
+    stream = cls.__new__(cls)
+    stream.model, stream.prompts, stream.config, stream.chunk = model, prompts, config, None
+    stream.latents = snapshot.from_arrays(config, model.params, part(state, "latents/"))
+    stream.decoder = FrameDecoder(model.autoencoder)
+    cache = part(state, "decoder/")
+    stream.decoder.restore(cache, len(prompts), g.height, g.width)
+    return stream
+
   def __iter__(self) -> Iterator[UInt8[Array, "b t y x 3"]]:
     return self
 
@@ -131,8 +186,8 @@ def configure(
   model: "Pipeline", size: tuple[int, int], dtype: str, backend: str, **settings: Any
 ) -> StreamConfig:
   """Configuration of streams of a model; ValueError on sizes and settings that cannot work."""
-  width, height = _latent_size(model, size)
-  names = {"steps", "warp", "shift", "context_timestep"}
+  width, height = latent_size(model, size)
+  names = {"steps", "warp", "shift", "context_timestep", "solver", "guidance"}
   stream = {k: v for k, v in settings.items() if k in names}
   rest = {k: v for k, v in settings.items() if k not in names}
   if rest.get("variant") is None:
@@ -146,7 +201,12 @@ def configure(
   return StreamConfig(model.config, geometry, dtype=dtype, backend=backend, **stream)
 
 
-def _latent_size(model: "Pipeline", size: tuple[int, int]) -> tuple[int, int]:
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """As JSON gives them back, but with tuples for lists."""
+  return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def latent_size(model: "Pipeline", size: tuple[int, int]) -> tuple[int, int]:
   """Latent columns and rows of a video of that many pixels."""
   try:
     width, height = (int(n) for n in size)

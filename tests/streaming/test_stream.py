@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hfjax import pipeline
+from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models import vae
 from hfjax.models.clips import to_uint8
 from hfjax.streaming import Stream
@@ -102,6 +103,58 @@ def test_one_prompt_goes_to_all_videos():
   assert s.prompts == ["c", "c"]
   with pytest.raises(ValueError, match="3 prompts were given for 2 videos"):
     s.set_prompt(["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+  ("autoencoder", "settings"),
+  [
+    ("full", {}),
+    ("tiny", {"solver": MultistepSolver("dpm++", 3), "guidance": 3.0}),
+  ],
+)
+def test_a_stream_that_was_saved_goes_on_with_the_same_bits(autoencoder, settings):
+  s = stream(["a", "b"], autoencoder, seed=[3, 4], **settings)
+  s.extend(np.concatenate([picture(), picture(seed=1)]))
+  for number in range(4):
+    if number == 3:
+      s.set_prompt(["c", "d"], blend=2)
+    next(s)
+  state = s.state()
+  again = Stream.from_state(s.model, state)
+  assert again.prompts == ["c", "d"] and again.frames == s.frames == 33
+  for _ in range(3):
+    np.testing.assert_array_equal(next(s), next(again))
+  for x in (s, again):
+    x.set_prompt("e")
+  np.testing.assert_array_equal(next(s), next(again))
+
+
+def test_a_stream_may_be_saved_before_it_begins():
+  s = stream()
+  np.testing.assert_array_equal(next(Stream.from_state(s.model, s.state())), next(s))
+
+
+def test_what_is_no_state_of_this_model_is_refused():
+  s = stream()
+  next(s)
+  state = s.state()
+  with pytest.raises(ValueError, match="no state of a stream"):
+    Stream.from_state(s.model, {})
+  with pytest.raises(ValueError, match="no state of a stream"):
+    Stream.from_state(s.model, {**state, "about": state["about"][:-9]})
+  with pytest.raises(ValueError, match="another configuration .*is missing instead of"):
+    Stream.from_state(model("tiny"), state)
+  cut = {k: v for k, v in state.items() if k != "latents/state/length"}
+  with pytest.raises(ValueError, match="state/length is missing"):
+    Stream.from_state(s.model, cut)
+
+
+def test_guided_videos_keep_away_from_the_negative_prompt():
+  settings = {"solver": MultistepSolver(steps=3), "guidance": 4.0}
+  first = [np.asarray(next(stream(negative_prompt=p, **settings))) for p in ("dull", "noisy")]
+  assert np.any(first[0] != first[1])
+  with pytest.raises(ValueError, match="The prompt is ' '"):
+    stream(negative_prompt=" ", **settings)
 
 
 @pytest.mark.parametrize(

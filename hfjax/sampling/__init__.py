@@ -1,0 +1,1 @@
+"""What `python -m hfjax.sample` is made of."""
