@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hfjax import convert, text
-from hfjax.models import taehv, umt5, vae, wan
+from hfjax.models import sampling_presets, taehv, umt5, vae, wan
 from hfjax.models.presets import PRESETS, WanConfig
 from hfjax.streaming.pixels import Autoencoder
 
@@ -28,6 +28,7 @@ class Pipeline(NamedTuple):
 
   encode: text context `[b t w]`, in float32, of a list of prompts. variant: semantics that the
   weights were trained with, a name in `geometry.VARIANTS`; None if it is not known.
+  preset: how they are meant to be sampled, a name in `SAMPLING_PRESETS`.
   """
 
   config: WanConfig
@@ -35,6 +36,7 @@ class Pipeline(NamedTuple):
   variant: str | None
   encode: "TextEncoder | RandomText"
   autoencoder: Autoencoder
+  preset: str = "hybrid"
 
 
 class TextEncoder:
@@ -62,8 +64,7 @@ class TextEncoder:
 
   def __call__(self, prompts: Sequence[str]) -> Float[Array, "b t w"]:
     tokens = self.tokenizer(prompts)
-    config, params, _ = self.loaded
-    return _encode(config, self.dtype, params, tokens.ids, tokens.length)
+    return _encode(self.loaded.config, self.dtype, self.loaded.params, tokens.ids, tokens.length)
 
   def surplus(self, prompt: str) -> int:
     """Tokens of a prompt that are cut off, as there is no room for them."""
@@ -109,14 +110,15 @@ def load(path_or_hub_id: str | Path, autoencoder: str = "full", dtype: Any = Non
   if name.startswith("random:"):
     return _random(name.removeprefix("random:"), autoencoder, dtype)
   path = convert.locate(path_or_hub_id)
-  config, params, variant = convert.load(path, "dit", dtype=dtype)
+  config, params, variant, preset = convert.load(path, "dit", dtype=dtype)
+  assert preset is not None  # every transformer has one
   decoder = load_autoencoder(path, autoencoder, dtype)
   _check_latents(path, config, decoder.config)
   try:
     encode = TextEncoder(path, config, dtype)
   except (FileNotFoundError, ValueError) as e:
     raise convert.CheckpointError(str(e)) from e
-  return Pipeline(config, params, variant, encode, decoder)
+  return Pipeline(config, params, variant, encode, decoder, preset)
 
 
 def load_autoencoder(
@@ -129,8 +131,8 @@ def load_autoencoder(
   if name.startswith("random:"):
     return _random_autoencoder(_preset(name.removeprefix("random:")), autoencoder, dtype)
   kind, _ = AUTOENCODERS[autoencoder]
-  config, params, _ = convert.load(path_or_hub_id, kind, dtype=dtype)
-  return Autoencoder(kind, config, params, dtype)
+  loaded = convert.load(path_or_hub_id, kind, dtype=dtype)
+  return Autoencoder(kind, loaded.config, loaded.params, dtype)
 
 
 def _check_kind(autoencoder: str):
@@ -180,6 +182,7 @@ def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
     variant,
     RandomText(config),
     _random_autoencoder(config, autoencoder, dtype),
+    sampling_presets.infer(config.linear)[0],
   )
 
 

@@ -68,7 +68,7 @@ def weights(tmp_path_factory):
 @pytest.mark.parametrize("autoencoder", ["full", "tiny"])
 def test_a_prompt_becomes_frames(weights, autoencoder):
   p = pipeline.load(weights, autoencoder, dtype="float32")
-  assert p.config == MODEL and p.variant == "paper"
+  assert p.config == MODEL and p.variant == "paper" and p.preset == "hybrid"
   context = p.encode(["a red square", "a square moves"])
   assert context.shape == (2, 512, 16) and context.dtype == jnp.float32
   config = StreamConfig(p.config, Geometry(4, 6, ratio=0.5, variant=p.variant), steps=(1000, 500))
@@ -130,6 +130,25 @@ def test_names_that_are_unknown(tmp_path):
   ):
     with pytest.raises(convert.CheckpointError, match=sentence):
       pipeline.load(*arguments)
+
+
+def test_how_weights_are_sampled_is_the_folders(tmp_path):
+  dense = {**CONFIGS, "dit": dataclasses.replace(MODEL, linear=False)}
+  write(tmp_path / "wan", dense)
+  assert helpers.convert(tmp_path / "wan", tmp_path / "ours", "--preset", "longlive") == 0
+  p = pipeline.load(tmp_path / "ours")
+  assert p.preset == "longlive" and p.variant == "reference_dense"
+  with pytest.warns(UserWarning, match="and for preset wan"):
+    assert pipeline.load(tmp_path / "wan").preset == "wan"
+
+
+def test_how_random_weights_are_sampled(monkeypatch):
+  p = pipeline.load("random:tiny", "tiny")
+  assert p.preset == "hybrid" and p.variant == "paper"
+  dense = dataclasses.replace(pipeline.PRESETS["tiny"], linear=False)
+  monkeypatch.setitem(pipeline.PRESETS, "dense", dense)
+  p = pipeline.load("random:dense", "tiny")
+  assert p.preset == "self_forcing" and p.variant == "reference_dense"
 
 
 @pytest.mark.parametrize("autoencoder", ["full", "tiny"])

@@ -21,6 +21,7 @@ from hfjax.convert import checkpoint, lora, write
 from hfjax.convert.registry import KINDS
 from hfjax.convert.source import CheckpointError, printable, user_path
 from hfjax.models.geometry import VARIANTS
+from hfjax.models.sampling_presets import SAMPLING_PRESETS
 
 
 def convert(args: argparse.Namespace):
@@ -28,7 +29,7 @@ def convert(args: argparse.Namespace):
   source, target = user_path(args.source), user_path(args.target)
   with write.replace_folder(target, args.overwrite, source) as folder:
     checkpoint.check_layout(target, args.to)
-    parts = checkpoint.open_parts(source, args.model, args.variant, args.ema)
+    parts = checkpoint.open_parts(source, args.model, args.variant, args.ema, args.preset)
     for spec in args.lora:
       parts = lora.merge(parts, *lora.parse(spec))
     rows = [checkpoint.entries(part, args.to, args.dtype)[0] for part in parts]
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--model", default="auto", choices=("auto", *KINDS), help="which model")
   parser.add_argument("--dtype", choices=checkpoint.CASTS, help="dtype to write; kept by default")
   parser.add_argument("--variant", choices=VARIANTS, help="semantics the weights were trained with")
+  parser.add_argument("--preset", choices=SAMPLING_PRESETS, help="how they are to be sampled")
   parser.add_argument("--to", default="hfjax", choices=("hfjax", "original", "diffusers"))
   parser.add_argument("--ema", action="store_true", help="take moving averages of the weights")
   parser.add_argument(

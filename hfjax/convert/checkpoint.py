@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ from hfjax.convert import recognise, source, write
 from hfjax.convert.registry import KINDS, Kind
 from hfjax.convert.source import CheckpointError, Tensor, Tensors
 from hfjax.convert.table import Leaf, Table
+from hfjax.models import sampling_presets
 from hfjax.models.geometry import VARIANTS
+from hfjax.models.sampling_presets import SAMPLING_PRESETS
 
 FORMAT = "hfjax-1"
 STEM = "model"
 CASTS = {"bf16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 
+# Where trainers of few-step models put them in their files.
+_GENERATORS = ("generator", "generator_ema")
 # Where Wan 2.2 keeps a second transformer, in original folders and Diffusers'.
 _EXPERTS = ("high_noise_model", "transformer_2")
 
@@ -36,6 +40,7 @@ class Part:
 
   tensors: under original names, complete. variant: semantics it was trained with.
   origin: what it was read from, for the record. notes: sentences for the user.
+  preset: how a transformer is meant to be sampled, a name in `SAMPLING_PRESETS`.
   """
 
   kind: Kind
@@ -44,6 +49,7 @@ class Part:
   variant: str | None
   origin: Mapping[str, Any]
   notes: Sequence[str] = ()
+  preset: str | None = None
 
   @property
   def table(self) -> Table:
@@ -52,16 +58,29 @@ class Part:
 
 
 def open_parts(
-  path: Path, model: str = "auto", variant: str | None = None, averaged: bool = False
+  path: Path,
+  model: str = "auto",
+  variant: str | None = None,
+  averaged: bool = False,
+  preset: str | None = None,
 ) -> list[Part]:
   """The models that a file or folder holds, in any format that hfjax writes or reads.
 
   model: name of the only one wanted, or "auto" for all.
   variant: semantics to record; by default what the tensors speak for.
   averaged: take moving averages of weights.
+  preset: name in `SAMPLING_PRESETS` to record; by default what names and tensors speak for. A
+    variant that it has is recorded too.
   What is not wanted, or no model, is left out, also if it cannot be read.
   Raises CheckpointError with a sentence on whatever is wanted and cannot be read.
   """
+  if preset is not None:
+    own = SAMPLING_PRESETS[preset].variant
+    if variant is not None and own not in (None, variant):
+      raise CheckpointError(
+        f"The preset {preset} is of variant {own}, and {variant} was asked for; leave one out."
+      )
+    variant = variant or own
   ours = hfjax_models(path)
   if ours:
     if averaged:
@@ -69,7 +88,7 @@ def open_parts(
         f"{path} is an hfjax folder, which holds no averages beside the weights; leave out --ema, "
         "or give the trainer's file."
       )
-    parts = [_open_hfjax(f, variant) for name, f in ours.items() if model in ("auto", name)]
+    parts = [_open_hfjax(f, variant, preset) for name, f in ours.items() if model in ("auto", name)]
     _check_found(path, parts, model, set(ours), {})
     return parts
   experts = next((path / n for n in _EXPERTS if os.path.isdir(path / n)), None)
@@ -92,7 +111,8 @@ def open_parts(
     elif model not in ("auto", known[0].name):
       others.add(known[0].name)
     else:
-      parts.append(_open_foreign(group, tensors, *known, variant))
+      names = _names(group.path, path)
+      parts.append(_open_foreign(group, tensors, *known, variant, preset, names))
   for file, error in failed.items():
     if model == "auto" and _looks_ours(file):
       raise error
@@ -130,10 +150,24 @@ def _check_found(path, parts, model, others, failed):
   raise CheckpointError(f"{path} holds {what}: {have}.{reasons}")
 
 
+def _names(file: Path, given: Path) -> list[str]:
+  """Names that people gave to a file, its folder, and the folder or file that is read."""
+  file, given = (Path(os.path.abspath(path)) for path in (file, given))
+  # The Hub's copies lie in models--OWNER--NAME/snapshots/HASH.
+  named = (f.parents[1] if f.parent.name == "snapshots" else f for f in (file.parent, given))
+  return [file.name, *(f.name for f in named)]
+
+
 def _open_foreign(
-  group: recognise.Group, tensors: Tensors, kind: Kind, style: str, variant: str | None
+  group: recognise.Group,
+  tensors: Tensors,
+  kind: Kind,
+  style: str,
+  variant: str | None,
+  preset: str | None,
+  names: Sequence[str],
 ) -> Part:
-  """The model of a set of tensors, checked."""
+  """The model of a set of tensors, checked; names: of where they lie."""
   cfg_path = group.path.parent / "config.json"
   # In an original folder, config.json is the transformer's, whatever else lies there.
   own = style == "diffusers" or kind.name == "dit"
@@ -147,7 +181,11 @@ def _open_foreign(
   named: Tensors = recognise.original_names(kind, tensors, style)
   try:
     config = _infer(kind, named, cfg, cfg_path, notes)
-    config, named, variant = _hybrid(kind, config, named, variant, notes)
+    if kind.name == "dit":
+      variant, preset = _semantics(config.linear, variant, preset, group.key, names, notes)
+      config, named = _hybrid(kind, config, named, variant, notes)
+    else:
+      variant = preset = None
     named = kind.prepare(config, named)
     kind.table(config).check({n: t.shape for n, t in named.items()})
   except ValueError as e:
@@ -160,7 +198,7 @@ def _open_foreign(
   }
   if kind.tied.keys() & tensors.keys():
     origin["tied"] = sorted(tensors.keys() & {*kind.tied, *kind.tied.values()})
-  return Part(kind, config, named, variant, origin, notes)
+  return Part(kind, config, named, variant, origin, notes, preset)
 
 
 def _infer(kind: Kind, tensors: Tensors, cfg: Mapping[str, Any], path: Path, notes: list[str]):
@@ -174,25 +212,50 @@ def _infer(kind: Kind, tensors: Tensors, cfg: Mapping[str, Any], path: Path, not
     raise ValueError(f"{e}{hint}") from e
 
 
+def _semantics(
+  linear: bool,
+  variant: str | None,
+  preset: str | None,
+  key: Any,
+  names: Iterable[str],
+  notes: list[str],
+) -> tuple[str, str]:
+  """Variant and preset of a transformer: those given, else what it speaks for, with a note.
+
+  linear: whether it has the linear branch. key: where it lay in a trainer's file. names: of where
+  it came from.
+  """
+  assumed: dict[str, list[str]] = {}  # by reason
+  if variant is None:
+    variant = "reference_infer" if linear else "reference_dense"
+    reason = f"the checkpoint has {'a' if linear else 'no'} linear branch"
+    assumed[reason] = [f"variant {variant}"]
+  if preset is None:
+    keeps = not VARIANTS[variant].dense
+    # A hybrid model whose branch is left out is a few-step one still.
+    preset, reason = sampling_presets.infer(keeps, linear or key in _GENERATORS, names)
+    if keeps and not linear:
+      reason = f"variant {variant} has a linear branch"
+    assumed.setdefault(reason, []).append(f"preset {preset}")
+  if assumed:
+    taken = ", and for ".join(f"{' and '.join(what)}, as {why}" for why, what in assumed.items())
+    options = [f"--{what.split()[0]}" for row in assumed.values() for what in row]
+    say = f"{' and '.join(options)} {'say' if len(options) > 1 else 'says'}"
+    notes.append(f"Taken for {taken}; the converter's {say} otherwise.")
+  return variant, preset
+
+
 def _hybrid(kind, config, tensors, variant, notes):
   """Decides on the linear branch: kept, left out, or added as zeros (spec section 11.2)."""
-  if kind.name != "dit":
-    return config, tensors, None
-  if variant is None:
-    variant = "reference_infer" if config.linear else "reference_dense"
-    notes.append(
-      f"Taken for variant {variant}, as the checkpoint has "
-      f"{'a' if config.linear else 'no'} linear branch; the converter's --variant says otherwise."
-    )
   if VARIANTS[variant].dense != config.linear:
-    return config, tensors, variant
+    return config, tensors
   if config.linear:
     kept = {name: t for name, t in tensors.items() if "linear_proj" not in name}
     notes.append(
       f"{len(tensors) - len(kept)} linear_proj tensors were left out, as variant {variant} has no "
       "linear branch."
     )
-    return dataclasses.replace(config, linear=False), kept, variant
+    return dataclasses.replace(config, linear=False), kept
   config = dataclasses.replace(config, linear=True)
   missing = kind.table(config).shapes.keys() - tensors.keys()
   dtype = next(iter(tensors.values())).dtype
@@ -202,7 +265,7 @@ def _hybrid(kind, config, tensors, variant, notes):
     if "linear_proj" in name
   }
   notes.append(f"The linear branch is missing: {len(added)} linear_proj tensors were set to zero.")
-  return config, {**tensors, **added}, variant
+  return config, {**tensors, **added}
 
 
 def constant(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
@@ -241,15 +304,19 @@ def read_config(folder: Path) -> tuple[Kind, Any, dict[str, Any]]:
   hashes, dtypes = info.get("hashes", {}), info.setdefault("dtypes", {})
   rows = (fields, info.setdefault("origin", {}), hashes, dtypes)
   variants = [*VARIANTS] if name == "dit" else [None]
+  # Folders of before there were presets record none.
+  presets = [None, *SAMPLING_PRESETS] if name == "dit" else [None]
   if (
     not all(isinstance(row, dict) for row in rows)
     or not isinstance(rows[1].get("tied", []), list)
     or any(code not in source.DTYPES for code in map(str, dtypes.values()))
     or any(Path(file).name != file for file in hashes)
     or info.get("variant") not in variants
+    or info.get("preset") not in presets
   ):
     raise CheckpointError(
-      f"{path} is damaged, in its architecture, variant, origin, hashes or dtypes; convert anew."
+      f"{path} is damaged, in its architecture, variant, preset, origin, hashes or dtypes; convert "
+      "anew."
     )
   try:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
@@ -274,7 +341,30 @@ def verify(folder: Path):
       )
 
 
-def _open_hfjax(folder: Path, variant: str | None) -> Part:
+def recorded_semantics(
+  kind: Kind,
+  config: Any,
+  info: Mapping[str, Any],
+  notes: list[str],
+  variant: str | None = None,
+  preset: str | None = None,
+) -> tuple[str | None, str | None]:
+  """Variant and preset of an hfjax folder: those given, else what its config.json records.
+
+  The preset is inferred, with a note, if none is recorded, or if the variant that is given changes
+  the architecture that it was recorded for.
+  """
+  if kind.name != "dit":
+    return None, None
+  variant = variant or info["variant"]
+  if preset is None and VARIANTS[variant].dense != config.linear:
+    preset = info.get("preset")
+  files = info["origin"].get("files")
+  names = [*files] if isinstance(files, dict) else []
+  return _semantics(config.linear, variant, preset, info["origin"].get("key"), names, notes)
+
+
+def _open_hfjax(folder: Path, variant: str | None, preset: str | None) -> Part:
   kind, config, info = read_config(folder)
   verify(folder)
   arrays = our_arrays(folder, kind, config)
@@ -290,9 +380,10 @@ def _open_hfjax(folder: Path, variant: str | None) -> Part:
         read = _part_reader(table, leaf, array, layer, n, dtype)
         tensors[name] = Tensor(table.shapes[name], dtype, read)
   notes: list[str] = []
-  variant = variant or info.get("variant")
-  config, named, variant = _hybrid(kind, config, tensors, variant, notes)
-  return Part(kind, config, named, variant, {**info["origin"]}, notes)
+  variant, preset = recorded_semantics(kind, config, info, notes, variant, preset)
+  if variant is not None:
+    config, tensors = _hybrid(kind, config, tensors, variant, notes)
+  return Part(kind, config, tensors, variant, {**info["origin"]}, notes, preset)
 
 
 def _part_reader(table, leaf, array, layer, number, dtype):
@@ -419,6 +510,7 @@ def write_part(
       "model": part.kind.name,
       "architecture": architecture,
       "variant": part.variant,
+      "preset": part.preset,
       "origin": dict(part.origin),
       "hashes": hashes,
     }

@@ -20,11 +20,15 @@ _TIMEOUT = 10  # seconds that the Hub gets to answer
 
 
 class Loaded(NamedTuple):
-  """A model: its configuration, its parameters on devices, and the variant they were trained as."""
+  """A model: its configuration, its parameters on devices, and the variant they were trained as.
+
+  preset: how a transformer is meant to be sampled, a name in `SAMPLING_PRESETS`; None for others.
+  """
 
   config: Any
   params: dict[str, Any]
   variant: str | None
+  preset: str | None = None
 
 
 def load(
@@ -45,7 +49,8 @@ def load(
     stored by default. verify: hold the files of an hfjax folder against the hashes that it records,
     which reads them once more.
 
-  Warns of what was assumed or left out in other formats, as the converter says it.
+  Warns of what was assumed or left out in other formats and in old folders, as the converter says
+  it.
   Raises CheckpointError with a sentence if there is nothing to load, or not as is asked.
   """
   if model not in KINDS:
@@ -60,7 +65,11 @@ def load(
     kind, config, info = checkpoint.read_config(folder)
     arrays = checkpoint.our_arrays(folder, kind, config)
     mapped = {name: _map(tensor) for name, tensor in arrays.items()}
-    return Loaded(config, _put(mapped, place, dtype), info.get("variant"))
+    notes: list[str] = []
+    variant, preset = checkpoint.recorded_semantics(kind, config, info, notes)
+    for note in notes:
+      warnings.warn(source.printable(note), stacklevel=2)
+    return Loaded(config, _put(mapped, place, dtype), variant, preset)
   if verify:
     raise CheckpointError(
       f"{path} is no hfjax folder with a {model}, so there are no hashes to verify; leave verify "
@@ -71,7 +80,7 @@ def load(
     warnings.warn(source.printable(note), stacklevel=2)
   rows, _ = checkpoint.entries(part, "hfjax", None)
   folded = {entry.name: _fold(entry) for entry in rows}
-  return Loaded(part.config, _put(folded, place, dtype), part.variant)
+  return Loaded(part.config, _put(folded, place, dtype), part.variant, part.preset)
 
 
 def locate(path_or_hub_id: str | Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from hfjax.convert import CheckpointError, checkpoint, load
-from tests.convert.helpers import TENSORS, convert, folders, refused, same
+from tests.convert.helpers import CFG, TENSORS, convert, folders, refused, same
 
 WEIGHTS = {k: torch.from_numpy(v.copy()) for k, v in TENSORS.items()}
 EMA = {k: v + 1 for k, v in WEIGHTS.items()}
@@ -85,9 +85,28 @@ def test_dtypes_and_views(tmp_path, dtype):
 def test_conversion_equals_that_of_safetensors(tmp_path):
   torch.save({"generator": prefixed("model.")}, tmp_path / "model.pt")
   assert convert(tmp_path / "model.pt", tmp_path / "ours") == 0
-  assert load(tmp_path / "ours").variant == "reference_infer"
+  loaded = load(tmp_path / "ours")
+  assert loaded.variant == "reference_infer" and loaded.preset == "hybrid"
   same({k: t.read() for k, t in checkpoint.open_parts(tmp_path / "ours")[0].tensors.items()},
        TENSORS)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("name", "key", "preset"),
+  [
+    ("self_forcing_dmd.pt", "generator_ema", "self_forcing"),
+    ("model.pt", "generator", "self_forcing"),
+    ("longlive_base.pt", "generator", "longlive"),
+    ("model.pt", "model", "wan"),
+  ],
+)
+def test_how_dense_models_are_to_be_sampled(tmp_path, name, key, preset):
+  dense = {k: v for k, v in WEIGHTS.items() if "linear_proj" not in k}
+  torch.save({key: prefixed("model.", dense)}, tmp_path / name)
+  (tmp_path / "config.json").write_text(json.dumps(CFG))
+  assert convert(tmp_path / name, tmp_path / "ours") == 0
+  loaded = load(tmp_path / "ours")
+  assert (loaded.variant, loaded.preset) == ("reference_dense", preset)
 
 
 def test_the_folder_of_a_trainer(tmp_path, capsys):
