@@ -153,7 +153,9 @@ def saved_latents(path):
 
 def test_a_stopped_video_is_gone_on_with_to_the_bit(capsys, monkeypatch):
   """Latents of two parts, and of a third, are those of one video; nothing is shown twice."""
-  script = "- prompt: A red square, moving!\n- {at: 1.1, prompt: b, blend: 2}\n- {chunk: 5, prompt: c}"
+  script = (
+    "- prompt: A red square, moving!\n- {at: 1.1, prompt: b, blend: 2}\n- {chunk: 5, prompt: c}"
+  )
   Path("s.yaml").write_text(script)
   fast = [*FAST[:-2], "--window=6", "--steps=1000,500", "--script=s.yaml", "--latents=save"]
   assert sample.main([*fast, "--frames=80", "--out=whole.mp4", "--quiet"]) == 0

@@ -132,7 +132,8 @@ class SavedLatents:
       raise VideoError(f"{path} holds no latents ({e}); give what --latents=save wrote.") from e
     if len(shape) != 4 or dtype != "F32" or not all(shape):
       raise VideoError(
-        f"{path} holds {dtype} latents of shape {shape}; give F32 [frames, rows, columns, channels]."
+        f"{path} holds {dtype} latents of shape {shape}; give F32 [frames, rows, columns, "
+        "channels]."
       )
     self.path, self.shape, self.piece, self.frames = path, tuple(shape), piece, 0
     self._next = 0

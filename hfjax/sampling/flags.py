@@ -34,8 +34,8 @@ def _define():
   )
   text("weights", None, "folder that tools/convert_checkpoint.py wrote, a name on the Hugging Face "
        "Hub, or random:NAME for noise from a model of that size")  # fmt: skip
-  text("config", None, "YAML or JSON file with any of these flags, or the JSON file beside a video; "
-       "the command line goes before it")  # fmt: skip
+  text("config", None, "YAML or JSON file with any of these flags, or the JSON file beside a "
+       "video; the command line goes before it")  # fmt: skip
   texts("prompt", "what the video shows; may be repeated")
   text("prompts_file", None, "file of prompts: .txt (one a line), .jsonl or .csv (`prompt`)")
   text("script", None, "YAML file that says which prompt begins when (README)")
@@ -54,7 +54,7 @@ def _define():
   flags.DEFINE_list("steps", None, "a number of denoising steps, or the steps themselves, such as "
                     "1000,750,500,250", flag_values=FLAGS)  # fmt: skip
   choice("solver", None, ["few-step", "unipc", "dpm++"], "few-step for distilled models, else a "
-         "multistep solver; unipc by default if there is --guidance or more than 10 steps")  # fmt: skip
+         "multistep solver; unipc by default with --guidance or more than 10 steps")  # fmt: skip
   real("guidance", None, "classifier-free guidance, for undistilled models; 1 for none",
        lower_bound=0)  # fmt: skip
   choice("attention", "hybrid", ["hybrid", "dense"], "dense keeps every key block of the window")

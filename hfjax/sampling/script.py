@@ -58,7 +58,7 @@ def read_script(path: Path) -> list[Cue]:
     raise UsageError(f"{path} is no script: {e}.") from e
   if not isinstance(root, yaml.SequenceNode) or not entries:
     raise UsageError(f"{path} is no script; write a list of `- at: 5` with `prompt: ...` below.")
-  cues = []
+  cues: list[Cue] = []
   for node, entry in zip(root.value, entries, strict=True):
     try:
       cues.append(_cue(entry, first=not cues))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from hfjax.models.geometry import Geometry
-from hfjax.streaming.config import StreamConfig
 from hfjax.diffusion.solvers import MultistepSolver
+from hfjax.models.geometry import Geometry
 from hfjax.streaming import snapshot
+from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.latent_stream import KEPT, LatentStream
 from hfjax.streaming.pixels import FrameDecoder
 from hfjax.streaming.trees import part

@@ -17,7 +17,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("name", "text"),
   [
-    ("p.txt", "a red square\n\n  two, \"words\" \n"),
+    ("p.txt", 'a red square\n\n  two, "words" \n'),
     ("p.jsonl", '{"prompt": "a red square", "id": 1}\n\n"two, \\"words\\""\n'),
     ("p.csv", 'id,Prompt \n1,a red square\n2,"two, ""words"""\n'),
   ],
