@@ -1,1 +1,1 @@
-"""Flow-matching schedule and multistep solvers."""
+"""Flow-matching schedule, multistep solvers, guidance, and the sampling of whole clips."""

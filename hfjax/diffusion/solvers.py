@@ -99,11 +99,6 @@ class MultistepSolver:
     return SolverState(x_next, x, m, state.m_last)
 
 
-def guide(conditional: Array, unconditional: Array, scale: float) -> Array:
-  """Classifier-free guidance: `unconditional + scale (conditional - unconditional)`."""
-  return unconditional + scale * (conditional - unconditional)
-
-
 def _log_snr(sigma: float) -> float:
   """Lambda = ln(1 - sigma) - ln(sigma); infinite at both ends."""
   with np.errstate(divide="ignore"):

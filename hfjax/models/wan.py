@@ -309,6 +309,16 @@ def check_image(config: WanConfig, image: Array | None):
     )
 
 
+def pad_text(config: WanConfig, context: Float[Array, "b t w"]) -> Float[Array, "b t w"]:
+  """Text of full length, so that prompts of any length share one compilation.
+
+  Raises ValueError on a wrong text width or length.
+  """
+  context = jnp.asarray(context)
+  check_context(config, context)
+  return jnp.pad(context, ((0, 0), (0, config.text_len - context.shape[1]), (0, 0)))
+
+
 def check_context(config: WanConfig, context: Array):
   """Raises ValueError unless `context` is `[b t w]` of the model's text width and length."""
   if context.ndim != 3 or context.shape[-1] != config.text_dim:

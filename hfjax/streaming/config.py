@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from hfjax.diffusion.guidance import count_texts
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
+from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models import checks
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
@@ -23,6 +25,11 @@ class StreamConfig:
   steps: denoising steps, 1000 first; with `warp` they index the schedule (spec section 6.2), else
     they are timesteps as they stand.
   shift: time shift of the schedule.
+  solver: of undistilled models; each chunk is then solved by it from noise, at its own noise
+    levels, and `steps`, `warp` and `shift` do not matter.
+  guidance: scale of classifier-free guidance; 1 for none. Otherwise a sample has two texts, and
+    the state twice the rows: those under the prompts, and behind them those under the negative
+    prompts.
   context_timestep: time at which clean latents are committed.
   dtype: compute dtype, "float32" or "bfloat16"; parameters stay as they are.
   remat: recompute blocks in backward passes.
@@ -36,6 +43,8 @@ class StreamConfig:
   steps: tuple[float, ...] = (1000, 750, 500, 250)
   warp: bool = True
   shift: float = 5.0
+  solver: MultistepSolver | None = None
+  guidance: float = 1.0
   context_timestep: float = 0.0
   dtype: str = "float32"
   remat: bool = False
@@ -65,6 +74,12 @@ class StreamConfig:
         f"The attention backend is {self.backend!r}; choose auto or one of "
         f"{', '.join(pallas_kernels.BACKENDS)}."
       )
+    if self.solver is not None and not isinstance(self.solver, MultistepSolver):
+      raise ValueError(
+        f"The solver is a {type(self.solver).__name__}; give a MultistepSolver, or None for a "
+        "model of few steps."
+      )
+    count_texts(self.guidance)  # checks the scale
     checks.check_number("context_timestep", self.context_timestep, 0, TRAIN_TIMESTEPS)
     if not isinstance(self.steps, Iterable):
       raise ValueError(f"The denoising steps are {self.steps!r}; give a list, such as (1000, 500).")
@@ -90,6 +105,16 @@ class StreamConfig:
   def has_memory(self) -> bool:
     """Whether frames that leave the window are kept in a linear memory."""
     return self.model.linear and not self.geometry.semantics.dense
+
+  @property
+  def texts(self) -> int:
+    """Texts of each sample, and rows of the state: 2 with guidance, else 1."""
+    return count_texts(self.guidance)
+
+  @property
+  def returns(self) -> int:
+    """How often a chunk returns to noise while it is denoised; a solver never does."""
+    return 0 if self.solver is not None else len(self.steps) - 1
 
   @property
   def compute_dtype(self):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from hfjax.diffusion import guidance
 from hfjax.models import wan
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.replay import History, replay, restart, take
@@ -39,14 +40,21 @@ class LatentStream:
     context: Float[Array, "b t w"],
     seeds: Sequence[int] | int = 0,
     kept: int = KEPT,
+    negative: Float[Array, "b t w"] | None = None,
   ):
     """Begins a stream per row of `context`.
 
     seeds: one per sample, or one for all, from which each sample takes its own noise.
     kept: latent frames that are kept for a change of prompt, at least those of the window.
+    negative: text of the negative prompts, where the configuration has guidance; one for each
+      sample, or `[1 t w]` for all.
+
+    Raises ValueError on text of another model or batch, and on negative text that is missing or
+    not used.
     """
     self.config, self.params = config, params
-    self.context = self._padded(context)
+    self.context = wan.pad_text(config.model, context)
+    self.negative = None if negative is None else jnp.asarray(negative)
     self.state = init_state(config, self._text(self.context))
     self.keys = sample_keys(seeds, self.context.shape[0])
     g = config.geometry
@@ -92,13 +100,14 @@ class LatentStream:
       self.history.add(piece)
 
   def set_context(self, context: Float[Array, "b t w"], blend: int = 0, share: float = 0.0):
-    """Goes on under another prompt.
+    """Goes on under another prompt; a negative one stays.
 
     blend: chunks over which the text moves from the old prompt to the new one, evenly; by default
       the next chunk has the new one. When it is there, keys and values of the window, the sink's
       included, are computed anew under it, from their latents.
     share: 0 makes the linear memory anew as well, of the latents that are kept; otherwise it stays,
       and counts as this share of its frames (see `replay`).
+    With guidance, both are done under the negative prompt too, so that all rows have seen the same.
 
     Raises ValueError on text of another model or batch, a blend below 0 or a share not from 0 to 1.
     """
@@ -106,7 +115,7 @@ class LatentStream:
       raise ValueError(f"The blend is {blend!r} chunks; give a whole number, 0 for none.")
     if not 0 <= share <= 1:
       raise ValueError(f"The share of the memory is {share}; give a number from 0 to 1.")
-    context = self._padded(context)
+    context = wan.pad_text(self.config.model, context)
     if context.shape != self.context.shape:
       raise ValueError(
         f"The stream has {self.context.shape[0]} samples, and the new text {context.shape[0]}; "
@@ -126,15 +135,10 @@ class LatentStream:
     self.history.add(x0)
     return x0
 
-  def _padded(self, context) -> Float[Array, "b t w"]:
-    """Text of full length, so that prompts of any length share one compilation."""
-    context = jnp.asarray(context)
-    wan.check_context(self.config.model, context)
-    rows = self.config.model.text_len - context.shape[1]
-    return jnp.pad(context, ((0, 0), (0, rows), (0, 0)))
-
   def _text(self, context):
-    return wan.text_keys(self.config.model, self.params, context, self.config.compute_dtype)
+    c = self.config
+    rows = guidance.join_texts(c.model, context, self.negative, c.guidance)
+    return wan.text_keys(c.model, self.params, rows, c.compute_dtype)
 
   def _step_blend(self, blend: "Blend"):
     blend.done += 1

@@ -25,7 +25,7 @@ def generate(
   if not isinstance(n_chunks, int) or n_chunks < 1:
     raise ValueError(f"{n_chunks} chunks were asked for; ask for a whole number, at least 1.")
   check_state(config, state)
-  checks.check_batch("set of keys", keys, state.length.shape[0])
+  checks.check_batch("set of keys", keys, state.length.shape[0] // config.texts)
   return _generate(config, params, state, keys, n_chunks)
 
 

@@ -27,6 +27,8 @@ def to_arrays(stream: LatentStream) -> dict[str, np.ndarray]:
       "total": np.int64(history.total),
     },
   }
+  if stream.negative is not None:
+    tree["negative"] = stream.negative
   if blend is not None:
     tree["blend"] = {
       "start": blend.start,
@@ -45,14 +47,18 @@ def from_arrays(
 
   Raises ValueError, which lists what does not fit, on arrays of another configuration or of none.
   """
-  context = arrays.get("context")
+  context, negative = arrays.get("context"), arrays.get("negative")
   if context is None or context.ndim != 3:
     raise ValueError(
       f"There are {len(arrays)} arrays, and none of them is a stream's text; give what to_arrays "
       "returned."
     )
   stream = LatentStream(
-    config, params, jnp.asarray(context), kept=int(_scalar(arrays, "history/kept"))
+    config,
+    params,
+    jnp.asarray(context),
+    kept=int(_scalar(arrays, "history/kept")),
+    negative=None if negative is None else jnp.asarray(negative),
   )
   leaves, tree = jax.tree.flatten(stream.state)
   names = list(_named({"state": stream.state}))

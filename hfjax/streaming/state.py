@@ -20,7 +20,11 @@ from hfjax.streaming.config import StreamConfig
 
 
 class StreamState(NamedTuple):
-  """Everything a stream remembers between chunks."""
+  """Everything a stream remembers between chunks.
+
+  With guidance the batch is twice that of the samples: rows under the prompts, then as many under
+  the negative prompts.
+  """
 
   k: Float[Array, "l b a n h d"]  # window: sink frames in front, then the latest; not rotated
   v: Float[Array, "l b a n h d"]
@@ -46,6 +50,8 @@ class ChunkState(NamedTuple):
 def init_state(config: StreamConfig, text: layers.TextKV) -> StreamState:
   """State of streams that have not begun, one for each sample of `text` (see `wan.text_keys`).
 
+  text: with guidance, of the prompts and, behind them, of as many negative prompts.
+
   Raises ValueError if `text` does not fit the model.
   """
   m, g = config.model, config.geometry
@@ -66,6 +72,7 @@ def init_state(config: StreamConfig, text: layers.TextKV) -> StreamState:
       "text_keys and the same model."
     )
   b, dtype = text.k.shape[1], config.compute_dtype
+  _check_rows(config, b)
   window = (m.layers, b, g.window, g.tokens, m.heads, m.head_dim)
   held = memory.init_memory((m.layers, b, m.heads), m.head_dim) if config.has_memory else None
 
@@ -104,8 +111,18 @@ def check_state(config: StreamConfig, state: StreamState):
       f"This state was made for another configuration ({'; '.join(differ)}). Use the configuration "
       "it was made with, or start anew with init_state."
     )
+  _check_rows(config, state.length.shape[0])
   if isinstance(state.k, jax.Array) and not isinstance(state.k, jax.core.Tracer):
     _check_alive(state.k)
+
+
+def _check_rows(config: StreamConfig, rows: int):
+  if rows % config.texts:
+    raise ValueError(
+      f"Guidance {config.guidance:g} takes two texts for each sample, and the state would have "
+      f"{rows} rows; make it of the prompts' text keys and, behind them, as many of negative "
+      "prompts."
+    )
 
 
 def _check_alive(array: jax.Array):

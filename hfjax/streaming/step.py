@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from hfjax.diffusion import schedule
+from hfjax.diffusion import guidance, schedule
 from hfjax.models import checks, wan
 from hfjax.models.attention import WindowAttention
 from hfjax.streaming.config import StreamConfig
@@ -28,20 +28,22 @@ def denoise(
   t: Float[Array, "b"] | Float[Array, "b f"],
   context: Float[Array, "b t w"] | None = None,
 ) -> Float[Array, "b f y x c"]:
-  """Flow of the chunk's latents `x` at time `t`; reads the state, writes nothing.
+  """Flow of the chunk's latents `x` at time `t`, guided if configured; writes nothing.
 
   context: text rows whose keys and values are computed here, so that they carry gradients; the
-    state's are used by default. History carries no gradient.
+    state's are used by default. With guidance, negative ones follow behind. History carries no
+    gradient.
 
   Raises ValueError on latents that do not fit the chunk.
   """
-  return _forward(config, params, chunk, x, t, context, collect=False)[0]
+  flow, _ = _forward(config, params, chunk, x, t, context, collect=False)
+  return guidance.merge_rows(flow, config.texts, config.guidance)
 
 
 def commit(
   config: StreamConfig, params: wan.Params, chunk: ChunkState, x0: Float[Array, "b f y x c"]
 ) -> StreamState:
-  """Closes the chunk with clean latents: their keys and values enter the window.
+  """Closes the chunk with clean latents: their keys and values enter the window, under each text.
 
   Raises ValueError on latents that do not fit the chunk.
   """
@@ -64,7 +66,7 @@ def commit(
   return stream._replace(
     k=put_layers(stream.k, stored_keys(chunk.shared, kv.k)),
     v=put_layers(stream.v, kv.v),
-    latents=put(stream.latents, x0),
+    latents=put(stream.latents, guidance.repeat_rows(x0, config.texts)),
     length=stream.length + frames,
     position=stream.position + frames,
     chunk=stream.chunk + 1,
@@ -77,29 +79,40 @@ def draw_noise(
   """Noise of a chunk, a function of each sample's key and chunk number alone.
 
   keys: one typed key per sample, `[b]`.
+  chunk: the state's numbers; of those of several texts, which are equal, the first are read.
   """
   g, m = config.geometry, config.model
   shape = (g.chunk if frames is None else frames, g.height, g.width, m.out_dim)
 
   def one(key, number):
     key = jax.random.fold_in(key, number)
-    draws = [jax.random.normal(jax.random.fold_in(key, i), shape) for i in range(len(config.steps))]
+    draws = [
+      jax.random.normal(jax.random.fold_in(key, i), shape) for i in range(1 + config.returns)
+    ]
     return draws[0], jnp.stack(draws[1:]) if draws[1:] else jnp.zeros((0, *shape))
 
-  start, again = jax.vmap(one)(keys, chunk)
+  start, again = jax.vmap(one)(keys, chunk[: keys.shape[0]])
   return ChunkNoise(start, jnp.moveaxis(again, 1, 0))
 
 
 def denoise_chunk(
   config: StreamConfig, params: wan.Params, chunk: ChunkState, noise: ChunkNoise
 ) -> Float[Array, "b f y x c"]:
-  """Clean latents of a chunk: every step predicts them and, but for the last, noises them again."""
-  steps = len(config.steps)
-  if noise.again.shape != (steps - 1, *noise.start.shape):
+  """Clean latents of a chunk, solved from noise or in few steps.
+
+  Each of few steps predicts them and, but for the last, noises them again.
+
+  Raises ValueError on noise that does not fit the steps or the chunk.
+  """
+  want = (config.returns, *noise.start.shape)
+  if noise.again.shape != want:
+    how = "a solver" if config.solver is not None else f"{len(config.steps)} denoising steps"
     raise ValueError(
-      f"The noise to be added again has shape {noise.again.shape}; {steps} denoising steps from "
-      f"noise of shape {noise.start.shape} need {(steps - 1, *noise.start.shape)}."
+      f"The noise to be added again has shape {noise.again.shape}; noise of shape "
+      f"{noise.start.shape} and {how} need {want}."
     )
+  if config.solver is not None:
+    return _solve(config, config.solver, params, chunk, noise.start)
   times = jnp.asarray(config.timesteps, jnp.float32)
   sigmas = jnp.asarray(config.sigmas, jnp.float32)
   # Noise level 0 follows the last step, where this noise is multiplied away.
@@ -110,7 +123,7 @@ def denoise_chunk(
     x0 = schedule.remove_flow(x, denoise(config, params, chunk, x, t), sigmas[i])
     return schedule.mix_noise(x0, again[i], sigmas[i + 1]), None
 
-  return jax.lax.scan(step, noise.start, jnp.arange(steps))[0]
+  return jax.lax.scan(step, noise.start, jnp.arange(len(config.steps)))[0]
 
 
 def chunk_step(
@@ -129,10 +142,22 @@ def context_step(
   return commit(config, params, begin_chunk(config, state, x0.shape[1]), x0)
 
 
+def _solve(config, solver, params, chunk, noise):
+  times = jnp.asarray(solver.timesteps, jnp.float32)
+
+  def step(state, i):
+    t = jnp.full(noise.shape[:1], times[i])
+    return solver.step(state, denoise(config, params, chunk, state.x, t), i), None
+
+  return jax.lax.scan(step, solver.init(noise), jnp.arange(solver.steps))[0].x
+
+
 def _forward(config, params, chunk, x, t, context, collect):
+  """Flow, and keys and values if `collect`, of latents `[b f y x c]` under each of their texts."""
   g, m = config.geometry, config.model
+  rows = chunk.shared.length.shape[0]
   want = (
-    chunk.shared.length.shape[0],
+    rows // config.texts,
     chunk.shared.query.cos.shape[1] // g.tokens,
     g.height,
     g.width,
@@ -148,10 +173,11 @@ def _forward(config, params, chunk, x, t, context, collect):
     )
   wan.check_params(m, params)
   t = checks.as_times(t, *want[:2])
+  x, t = (guidance.repeat_rows(y, config.texts) for y in (x, t))
   past, shared, text = jax.lax.stop_gradient((chunk.past, chunk.shared, chunk.stream.text))
   if context is not None:
     wan.check_context(m, context)
-    checks.check_batch("text context", context, want[0])
+    checks.check_batch("text context", context, rows)
     text = None
   model = wan.Wan(
     m, WindowAttention(g, config.backend), config.compute_dtype, collect, config.remat

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hfjax.diffusion.solvers import MultistepSolver, guide
+from hfjax.diffusion.guidance import guide
+from hfjax.diffusion.solvers import MultistepSolver
+from tests.reference import unipc_numpy
 
 
 def run(solver, velocity, start):
@@ -26,6 +28,16 @@ def test_toy_flow_has_the_published_result(kind, steps, want):
     MultistepSolver(kind, steps, 5.0), lambda x, t, _: 0.3 * x + t / 1000, [-1, -1 / 3, 1 / 3, 1]
   )
   np.testing.assert_allclose(got, want, atol=2e-6)  # float32 sums over the steps
+
+
+@pytest.mark.parametrize(("steps", "want"), [
+  (8, [-1.23610401, -0.74643207, -0.25675997, 0.23291233]),
+  (50, [-1.15140486, -0.65753138, -0.16365840, 0.33021441]),
+])  # fmt: skip
+def test_the_oracle_has_the_published_result(steps, want):
+  start = np.array([-1, -1 / 3, 1 / 3, 1])
+  got = unipc_numpy.solve(lambda x, t: 0.3 * x + t / 1000, start, steps, 5.0)
+  np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 def test_grids_have_the_published_values():
