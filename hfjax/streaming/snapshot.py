@@ -11,6 +11,7 @@ from hfjax.models import wan
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.latent_stream import Blend, LatentStream
 from hfjax.streaming.replay import History
+from hfjax.streaming.trees import named, renamed
 
 
 def to_arrays(stream: LatentStream) -> dict[str, np.ndarray]:
@@ -37,7 +38,7 @@ def to_arrays(stream: LatentStream) -> dict[str, np.ndarray]:
       "done": np.int64(blend.done),
       "share": np.float64(blend.share),
     }
-  return {name: np.array(x) for name, x in _named(tree).items()}
+  return {name: np.array(x) for name, x in named(tree).items()}
 
 
 def from_arrays(
@@ -48,7 +49,7 @@ def from_arrays(
   Raises ValueError, which lists what does not fit, on arrays of another configuration or of none.
   """
   context, negative = arrays.get("context"), arrays.get("negative")
-  if context is None or context.ndim != 3:
+  if context is None or context.ndim != 3 or "keys" not in arrays:
     raise ValueError(
       f"There are {len(arrays)} arrays, and none of them is a stream's text; give what to_arrays "
       "returned."
@@ -60,21 +61,8 @@ def from_arrays(
     kept=int(_scalar(arrays, "history/kept")),
     negative=None if negative is None else jnp.asarray(negative),
   )
-  leaves, tree = jax.tree.flatten(stream.state)
-  names = list(_named({"state": stream.state}))
-  wrong = [
-    f"{name} is {_shape(arrays.get(name))} instead of {_shape(leaf)}"
-    for name, leaf in zip(names, leaves, strict=True)
-    if _shape(arrays.get(name)) != _shape(leaf)
-  ]
-  surplus = [n for n in arrays if n.startswith("state/") and n not in names]
-  wrong += [f"{name} has no place" for name in surplus]
-  if wrong:
-    raise ValueError(
-      f"The saved stream is of another configuration ({'; '.join(wrong[:5])}); use the one that it "
-      "was saved under."
-    )
-  stream.state = jax.tree.unflatten(tree, [jnp.array(arrays[name]) for name in names])
+  state = {k: v for k, v in arrays.items() if k.startswith("state/")}
+  stream.state = renamed({"state": stream.state}, state)["state"]
   stream.keys = jax.random.wrap_key_data(jnp.asarray(arrays["keys"]))
   history = stream.history = History(config.geometry.sink, int(_scalar(arrays, "history/kept")))
   history.first = _listed(arrays, "history/first/")
@@ -91,12 +79,6 @@ def from_arrays(
   return stream
 
 
-def _named(tree) -> dict[str, jax.Array]:
-  """Leaves by their paths, such as "state/memory/kv"."""
-  flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
 def _numbered(pieces) -> dict[str, jax.Array]:
   return {f"{i:05d}": piece for i, piece in enumerate(pieces)}
 
@@ -109,7 +91,3 @@ def _scalar(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
   if name not in arrays or arrays[name].size != 1:
     raise ValueError(f"The saved stream has no number {name}; give what to_arrays returned.")
   return arrays[name].reshape(())
-
-
-def _shape(x) -> str:
-  return "missing" if x is None else f"{x.dtype} {tuple(x.shape)}"
