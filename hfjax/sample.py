@@ -96,7 +96,7 @@ def sample() -> int:
       job = Job(paths[number * count :][:count], wanted, fps, frames, begin, cues[1:])
       source: Source
       if plan.bidirectional:
-        source = whole_clip(model, plan, [prompt] * count, seed, wanted, frames or 1)
+        source = whole_clip(model, plan, [prompt] * count, seed, wanted, frames or 1, stop)
         config = {"solver": plan.solver, "guidance": plan.guidance, "model": model.config}
       else:
         source = Stream(
@@ -196,20 +196,21 @@ def save(job: Job, stream: Stream, made: Made, about: dict[str, Any]):
   say(f"  python -m hfjax.sample --resume={shlex.quote(str(path))}")
 
 
-def whole_clip(model, plan, prompts, seed, size, frames) -> WholeClip:
-  """A clip of an undistilled bidirectional model, with a bar for its steps."""
-  bar = tqdm(total=plan.solver.steps, unit=" steps", desc="denoising", disable=FLAGS.quiet)
+def whole_clip(model, plan, prompts, seed, size, frames, stop) -> WholeClip:
+  """A clip of an undistilled bidirectional model, denoised, with a bar for its steps."""
+  with tqdm(total=plan.solver.steps, unit=" steps", desc="denoising", disable=FLAGS.quiet) as bar:
 
-  def progress(step: int):
-    del step
-    bar.update()
-    if bar.n >= plan.solver.steps:
-      bar.close()
+    def progress(step: int):
+      bar.update(step - bar.n)
+      if stop.asked and step < plan.solver.steps:
+        raise KeyboardInterrupt  # there is no part of a clip that could be kept
 
-  return WholeClip(
-    model, prompts, size=size, frames=frames, solver=plan.solver, guidance=plan.guidance,
-    negative_prompt=negative(), seed=seed, dtype=FLAGS.dtype, progress=progress,
-  )  # fmt: skip
+    clip = WholeClip(
+      model, prompts, size=size, frames=frames, solver=plan.solver, guidance=plan.guidance,
+      negative_prompt=negative(), seed=seed, dtype=FLAGS.dtype, progress=progress,
+    )  # fmt: skip
+    clip.denoise()
+  return clip
 
 
 def load() -> pipeline.Pipeline:

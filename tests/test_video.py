@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -200,14 +200,47 @@ def growing(tmp_path_factory) -> tuple[Path, list[int]]:
   return path, sizes
 
 
+class Recorder:
+  """A file that remembers what was written where."""
+
+  def __init__(self, file):
+    self.file, self.writes = file, []
+
+  def write(self, data):
+    self.writes.append((self.file.tell(), bytes(data)))
+    return self.file.write(data)
+
+  def __getattr__(self, name):
+    return getattr(self.file, name)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+  """What is written where for a video of six chunks of 4 frames, and a place for files."""
+  path = tmp_path_factory.mktemp("recorded") / "a.mp4"
+  with VideoWriter(path, 64, 48, 16) as writer:
+    recorder = writer._file = Recorder(writer._file)
+    for i in range(6):
+      writer.write(moving(4, 4 * i))
+  return recorder.writes, path.with_name("part.mp4")
+
+
 @given(data=st.data())
-def test_any_cut_plays_up_to_the_last_chunk(growing, data):
-  path, sizes = growing
-  cut = data.draw(st.integers(sizes[0], sizes[-1]))
-  part = path.with_name("part.mp4")
-  part.write_bytes(path.read_bytes()[:cut])
-  whole = 4 * sum(size <= cut for size in sizes)
-  assert numbers(read_video(part).frames)[:whole] == list(range(whole))
+@settings(max_examples=100)
+def test_whenever_a_process_is_killed_all_finished_chunks_play(recorded, data):
+  """After any number of bytes that were written, within a fragment's table too."""
+  writes, part = recorded
+  left = data.draw(st.integers(len(writes[0][1]), sum(len(x) for _, x in writes)))
+  content, done = bytearray(), 0
+  for at, x in writes:
+    done += len(x) <= left
+    content[at : at + min(len(x), left)] = x[:left]
+    left -= min(len(x), left)
+    if not left:
+      break
+  part.write_bytes(content)
+  # The first chunk is one write, every other two.
+  assert numbers(read_video(part).frames) == list(range(4 * (1 + (done - 1) // 2)))
 
 
 @given(data=st.data())
@@ -332,7 +365,9 @@ def test_no_permission_is_a_sentence(tmp_path, monkeypatch):
   def refuse(*args, **kwargs):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(Path, "open", refuse)  # tests may run as root, who may write anything
+  monkeypatch.setattr(
+    "hfjax.video.writer.os.open", refuse
+  )  # tests may run as root, who may write anything
   with pytest.raises(VideoError, match=r"Permission denied: .*a\.mp4 cannot be written"):
     VideoWriter(tmp_path / "a.mp4", 64, 48, 16)
 

@@ -80,7 +80,8 @@ class Progress:
   ):
     self.fps, self.log, self.videos, self.chunks, self.frames = fps, log, videos, 0, 0
     self.start = time.perf_counter()
-    self.marks: list[tuple[float, int]] = []  # seconds and frames, of the first chunk and the last
+    self.marks: list[tuple[float, int]] = []  # seconds and frames after each chunk: see `add`
+    self.denoising_s: float | None = None  # of a clip whose latents are made all at once
     self.clock = DeviceClock()
     self.sizes: list[int] = []  # frames of each chunk that the clock watches
     self.bar = tqdm(total=total, unit=" frames", desc=name[:32], disable=quiet)
@@ -95,7 +96,8 @@ class Progress:
     now = time.perf_counter() - self.start
     self.chunks += 1
     self.frames += frames
-    self.marks = [*self.marks[:1], (now, self.frames)]
+    # Of the first, of the second, and of the last chunk.
+    self.marks = [*self.marks[:2], (now, self.frames)]
     video = float(self.frames / self.fps)
     dit, _ = self._speeds()
     self.bar.update(frames)
@@ -117,23 +119,26 @@ class Progress:
       self.log.flush()
 
   def _speed(self) -> float | None:
-    """Frames per second in the file, without the first chunk, which waits for compilation."""
-    if len(self.marks) < 2:
+    """Frames per second in the file, without two chunks, which wait for compilation."""
+    if len(self.marks) < 3:
       return None
-    (first, before), (last, after) = self.marks
+    _, (first, before), (last, after) = self.marks
     return self.videos * (after - before) / (last - first) if after > before else None
 
   def _speeds(self) -> tuple[float | None, float | None]:
-    """Frames per second of transformer and decoder, without the chunks that wait for compilation.
+    """Frames per second of transformer and decoder, without two chunks.
 
-    The decoder's first chunk is a program of its own.
+    They wait for compilation: the decoder's first chunk is a program of its own.
     """
     rows = list(zip(self.clock.rows, self.sizes, strict=False))[2:]
     if not rows:
       return None, None
     frames = self.videos * sum(n for _, n in rows)
     seconds = [sum(row[i] for row, _ in rows) for i in range(2)]
-    return tuple(frames / s if s > 0 else None for s in seconds)  # type: ignore[return-value]
+    dit, decoder = (frames / s if s > 0 else None for s in seconds)
+    if self.denoising_s is not None:
+      dit = self.videos * self.frames / self.denoising_s
+    return dit, decoder
 
   def figures(self) -> dict[str, Any]:
     """Figures of the whole: frames per second of all videos together."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
+from hfjax.sampling.clip import WholeClip
 from hfjax.sampling.files import LatentsWriter
 from hfjax.sampling.flags import FLAGS, UsageError
 from hfjax.sampling.progress import Progress, Stop
@@ -117,6 +118,8 @@ def write_videos(job: Job, source: Source, stop: Stop) -> Made:
         recording.add(frames[i, :room], None if kept is None else kept[i])
       progress.add(frames[:, :room].shape[1])
 
+    if isinstance(source, WholeClip):
+      progress.denoising_s = source.denoising_s
     if job.pending is not None:
       put(job.pending, None)
     if job.begin is not None and isinstance(source, Stream):
