@@ -50,7 +50,10 @@ class DeviceClock:
     self._thread.start()
 
   def watch(self, asked: float, latents: Any, frames: Any):
-    """Takes a chunk that was asked for at `asked`, by time.perf_counter."""
+    """Takes a chunk that was asked for at `asked`, by time.perf_counter.
+
+    latents: None if they were there before.
+    """
     self._queue.put((asked, latents, frames))
 
   def _watch(self):
@@ -59,10 +62,12 @@ class DeviceClock:
       asked, latents, frames = item
       item = None
       with contextlib.suppress(Exception):  # whoever uses the chunk will see it
-        jax.block_until_ready(latents)
-        made = time.perf_counter()
+        begun = made = max(free, asked)
+        if latents is not None:
+          jax.block_until_ready(latents)
+          made = time.perf_counter()
         jax.block_until_ready(frames)
-        begun, free = max(free, asked), time.perf_counter()
+        free = time.perf_counter()
         self.rows.append((made - begun, free - made))
       del latents, frames
 

@@ -136,7 +136,8 @@ def write_videos(job: Job, source: Source, stop: Stop) -> Made:
         break
       job.chunks += 1
       expected += frames.shape[1]
-      progress.watch(asked, source.chunk, frames)
+      streamed = source.chunk if isinstance(source, Stream) else None
+      progress.watch(asked, streamed, frames)
       if ahead is not None:
         put(*ahead)
       ahead = frames, source.chunk
