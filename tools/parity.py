@@ -20,7 +20,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-from goldens import parts, rollouts  # noqa: E402
+from goldens import distill, parts, rollouts  # noqa: E402
 from goldens.file import Golden, Row, UnreadableError  # noqa: E402
 
 # By the beginning of the file's name, so that a folder may hold several files of a kind.
@@ -32,6 +32,7 @@ CASES = {
   "causal_dense_rollout": rollouts.causal_dense,
   "hybrid_infer_rollout": rollouts.hybrid_infer,
   "hybrid_train_rollout": rollouts.hybrid_train,
+  "dmd": distill.dmd,
   "umt5": parts.umt5,
   "vae": parts.vae,
 }

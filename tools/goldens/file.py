@@ -19,6 +19,7 @@ SPARSE = 1e-5
 FORWARD = 2e-5
 ROLLOUT = 5e-5
 STATE = 2e-5
+LOSS = 1e-5  # share of the largest magnitude
 AUTOENCODER = 2e-5
 GRADIENT = 2e-5  # share of the array's norm
 INFORMATION = ("min_topk_margin", "kept_fraction", "cache_local_global_end")
@@ -75,10 +76,10 @@ class Golden:
     """Largest absolute difference against `allowed`."""
     yield from self._judge(key, got, lambda g, w: (np.abs(g - w).max(initial=0), allowed))
 
-  def close_to_magnitude(self, key: str, got: Any) -> Iterator[Row]:
+  def close_to_magnitude(self, key: str, got: Any, share: float = MAGNITUDE) -> Iterator[Row]:
     """Largest absolute difference against a share of the array's largest magnitude."""
     yield from self._judge(
-      key, got, lambda g, w: (np.abs(g - w).max(initial=0), MAGNITUDE * np.abs(w).max(initial=0))
+      key, got, lambda g, w: (np.abs(g - w).max(initial=0), share * np.abs(w).max(initial=0))
     )
 
   def close_to_norm(self, key: str, got: Any) -> Iterator[Row]:

@@ -1,0 +1,1 @@
+"""What students are trained by: losses, teachers, and rollouts that carry gradients."""
