@@ -13,14 +13,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from hfjax import pipeline, sample
+from hfjax.sampling import command
 from hfjax.sampling.flags import parse
 from hfjax.sampling.progress import Progress, Stop
-from hfjax.sampling.videos import Job, write_videos
+from hfjax.sampling.videos import Job, Places, write_videos
 from hfjax.streaming import Stream
-from hfjax.video import VideoReader, read_video, write_image
+from hfjax.video import Preview, VideoError, VideoReader, read_video, write_image
 from tests.helpers import live_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +82,8 @@ def test_an_image_begins_a_video_which_another_goes_on_from(capsys):
   args[-3:-1] = ["--out=b.mp4", "--frames=12"]
   assert sample.main([*args, "--video=a.mp4", "--fps=8"]) == 0
   assert "resampled from 16 to 8 frames per second" in capsys.readouterr().out
-  assert len(read_video("b.mp4").frames) == 12
+  # The length is that of what is new: 4 frames of the clip fill one latent, which is 1 frame.
+  assert len(read_video("b.mp4").frames) == 1 + 12
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,13 @@ def test_an_image_begins_a_video_which_another_goes_on_from(capsys):
     ([*FAST, WORDS, "--guidance=-1"], "guidance"),
     ([*FAST, WORDS, "--preset=wan", "--steps=3", "--endless"], "--endless cannot be had of"),
     ([*FAST, WORDS, "--preset=wan", "--steps=3", "--solver=few-step"], "needs a multistep solver"),
+    ([*FAST, WORDS, "--seconds=inf"], "length is inf seconds"),
+    ([*FAST, WORDS, "--seconds=nan"], "length is nan seconds"),
+    ([*FAST, WORDS, "--seed=-1"], "seed"),
+    ([*FAST, WORDS, "--seed=4294967296"], "seed"),
+    ([*FAST, WORDS, "--steps="], "There are no --steps"),
+    ([*FAST, WORDS, "--out=a.mkv"], "videos are MP4"),
+    ([*FAST, WORDS, "--preset=wan", "--steps=3", "--sink=0"], "--window cannot be had of"),
     (["--resume=a", "--latents=b"], "--resume and --latents do not go together"),
     ([*FAST, WORDS, "--out=a.mp4", "--seed=1", "--seed=2"], "--out is one file; give a folder"),
     ([*FAST, WORDS, "--out=/proc/none/a.mp4"], "/proc/none cannot be made"),
@@ -129,12 +139,19 @@ def test_commands_that_make_no_sense(args, sentence, capsys):
     (["--weights=no/such/thing"], "neither a file or folder here"),
     (["--image=none.png"], "none.png is not there"),
     (["--video=none.mp4"], "none.mp4 is not there"),
-    (["--latents=none.safetensors"], "none.safetensors is not there"),
-    (["--resume=none.safetensors"], "none.safetensors is not there"),
+    (["--log_json=no/such/log"], "--log_json=no/such/log cannot be written"),
   ],
 )
 def test_files_that_are_not_there(args, sentence, capsys):
-  assert sentence in refused(capsys, *FAST, WORDS, *args, status=1)
+  assert sentence in refused(capsys, *FAST, WORDS, *args, "--quiet", status=1)
+  assert not list(Path().glob("outputs/*"))  # nor the place that was taken for the video
+
+
+@pytest.mark.parametrize("flag", ["latents", "resume"])
+@pytest.mark.parametrize("name", ["none.safetensors", ""])
+def test_saved_things_that_are_not_there(flag, name, capsys):
+  error = refused(capsys, "--weights=random:tiny", f"--{flag}={name}", status=1)
+  assert f"{name or '.'} is not there" in error
 
 
 def test_a_stop_before_the_first_chunk_still_gives_a_video():
@@ -143,7 +160,7 @@ def test_a_stop_before_the_first_chunk_still_gives_a_video():
   parse([*FAST, WORDS, "--quiet"])
   model = pipeline.load("random:tiny", "tiny", "float32")
   stream = Stream(model, "a", size=(64, 32), dtype="float32", steps=(1000,))
-  made = write_videos(Job([Path("a.mp4")], (64, 32), Fraction(16), None), stream, stop)
+  made = write_videos(Job([Path("a.mp4")], "a", (64, 32), Fraction(16), None), stream, stop)
   assert made.figures["frames"] == len(read_video("a.mp4").frames) == 9
   assert made.figures["frames_per_second"] is None and made.stopped and made.surplus is None
 
@@ -175,16 +192,16 @@ def test_a_stopped_video_is_gone_on_with_to_the_bit(capsys, monkeypatch):
   monkeypatch.setattr(Progress, "add", real)
   told = capsys.readouterr()
   assert "Stopping after this chunk" in told.err
-  resume = re.search(r"python -m hfjax.sample (--resume=\S+)", told.out)[1]
+  resume = re.search(r"python -m hfjax.sample (--resume=\S+)", told.err)[1]
   first = len(read_video("part.mp4").frames)
   assert 9 < first < 80
   assert sample.main([resume, "--frames=20", "--out=b.mp4", "--save_state"]) == 0
   left = 80 - first - 20
   assert sample.main(["--resume=b.state.safetensors", f"--frames={left}", "--quiet"]) == 0
-  (rest,) = Path("outputs").glob("*.mp4")
+  rest = Path("b-2.mp4")  # beside the state
   counts = [len(read_video(p).frames) for p in ("part.mp4", "b.mp4", rest)]
-  assert counts == [first, 20, left] and rest.stem == "b"
-  parts = ["part.latents.safetensors", "b.latents.safetensors", "outputs/b.latents.safetensors"]
+  assert counts == [first, 20, left]
+  parts = ["part.latents.safetensors", "b.latents.safetensors", "b-2.latents.safetensors"]
   np.testing.assert_array_equal(np.concatenate([saved_latents(p) for p in parts]), whole)
   # Frames too, but for what H.264 makes of them.
   joined = np.concatenate([read_video(p).frames for p in ("part.mp4", "b.mp4", rest)])
@@ -194,7 +211,7 @@ def test_a_stopped_video_is_gone_on_with_to_the_bit(capsys, monkeypatch):
   assert about["resumed_from"] == "b.state.safetensors"
   capsys.readouterr()
   assert "--window would change it" in refused(capsys, resume, "--window=9")
-  monkeypatch.setattr(sample, "weights_hash", lambda weights: "others")
+  monkeypatch.setattr(command, "weights_hash", lambda weights: "others")
   assert "saved with other weights" in refused(capsys, resume)
 
 
@@ -212,10 +229,11 @@ def test_samples_are_videos_side_by_side(capsys):
 
 
 def test_saved_latents_become_a_video_again(capsys):
-  args = [*FAST, WORDS, "--vae=tiny", "--quiet"]
-  assert sample.main([*args, "--frames=21", "--latents=save", "--out=a.mp4"]) == 0
+  args = [*FAST, WORDS, "--vae=tiny", "--quiet", "--fps=8", "--latents=save", "--out=a.mp4"]
+  assert sample.main([*args, "--frames=20"]) == 0  # the last chunk is cut
   assert sample.main(["--weights=random:tiny", "--vae=tiny", "--dtype=float32", "--quiet",
                       "--latents=a.latents.safetensors"]) == 0  # fmt: skip
+  assert read_video("outputs/a.mp4").fps == 8  # as they were made
   again, first = read_video("outputs/a.mp4"), read_video("a.mp4")
   np.testing.assert_array_equal(again.frames, first.frames)
   assert json.loads(Path("outputs/a.json").read_text())["latents"] == "a.latents.safetensors"
@@ -245,6 +263,98 @@ def test_undistilled_and_dense_models(args, frames, capsys):
   else:
     assert about["config"]["geometry"]["variant"] == "reference_dense"
     assert about["config"]["guidance"] == (5 if preset == "self_forcing" else 1)
+
+
+def test_no_file_of_the_user_is_lost(capsys):
+  write_image("a.png", np.zeros((32, 64, 3), np.uint8))
+  for name in ("a.json", "q.json"):
+    Path(name).write_text("{}")
+  args = [*FAST, WORDS, "--quiet", "--vae=tiny", "--frames=1", "--overwrite"]
+  for more in (["--image=a.png", "--out=a.mp4"], ["--config=a.json", "--out=a.mp4"],
+               ["--log_json=q.json", "--out=q.mp4"]):  # fmt: skip
+    assert "would be lost" in refused(capsys, *args, *more)
+  assert "a.json is there already" in refused(capsys, *args[:-1], "--out=a.mp4")
+  assert [Path(n).read_text() for n in ("a.json", "q.json")] == ["{}", "{}"]
+  # A name is taken at once, and not one beside which there is something.
+  Path("outputs").mkdir()
+  Path("outputs/a-red-square-moving-0.state.safetensors").write_text("old")
+  parse([])
+  with Places() as one, Places() as two:
+    assert one.choose(["a-red-square-moving-0"])[0].stem == "a-red-square-moving-0-2"
+    assert two.choose(["a-red-square-moving-0"])[0].stem == "a-red-square-moving-0-3"
+  assert not list(Path("outputs").glob("*.mp4"))
+
+
+def test_names_of_wide_letters_fit(capsys):
+  args = [*FAST, f"--prompt={'𠀀' * 70}", "--frames=1", "--vae=tiny", "--save_state"]
+  assert sample.main([*args, "--latents=save"]) == 0
+  assert len(list(Path("outputs").iterdir())) == 4
+
+
+def test_what_lies_beside_fails_last(capsys, monkeypatch):
+  """Neither state nor description is lost for a preview that cannot be written."""
+
+  def fail(self, *args):
+    raise VideoError("The picture cannot be written.")
+
+  monkeypatch.setattr(Preview, "write", fail)
+  args = [*FAST, WORDS, "--frames=9", "--vae=tiny", "--preview", "--save_state", "--out=a.mp4"]
+  assert sample.main(args) == 1
+  assert "The picture cannot be written" in capsys.readouterr().err
+  assert json.loads(Path("a.json").read_text())["timings"]["frames"] == 9
+  assert Path("a.state.safetensors").exists()
+
+
+def test_latents_of_a_later_part_are_not_decoded_alone(capsys):
+  args = [*FAST, WORDS, "--frames=9", "--vae=tiny", "--quiet", "--latents=save", "--save_state"]
+  assert sample.main([*args, "--out=a.mp4"]) == 0
+  assert sample.main(["--resume=a.state.safetensors", "--frames=12", "--quiet"]) == 0
+  weights = ["--weights=random:tiny", "--vae=tiny"]
+  error = refused(capsys, *weights, "--latents=a-2.latents.safetensors")
+  assert "begins in the middle of a stream" in error
+  error = refused(capsys, *weights, "--latents=a.latents.safetensors", "--seed=3")
+  assert "--seed changes nothing of latents" in error
+  assert "went on with a stream" in refused(capsys, "--config=a-2.json")
+
+
+def test_of_a_run_of_many_each_description_makes_its_own_video():
+  args = [*FAST, "--prompt=a", "--prompt=b", "--frames=1", "--vae=tiny", "--quiet"]
+  assert sample.main([*args, "--seed=3", "--seed=4", "--latents=save"]) == 0
+  given = json.loads(Path("outputs/b-3.json").read_text())["flags"]
+  assert given["prompt"] == ["b"] and given["seed"] == [3]
+  with safe_open("outputs/b-3.latents.safetensors", "numpy") as file:
+    assert file.metadata()["prompt"] == "b"
+
+
+def test_stopping_is_told_even_if_quiet(capsys, monkeypatch):
+  real = Progress.add
+
+  def add(self, frames):
+    real(self, frames)
+    signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(Progress, "add", add)
+  args = [*FAST, "--prompt=a", "--prompt=b", "--frames=80", "--vae=tiny", "--quiet"]
+  assert sample.main(args) == 130  # the second signal, at the next chunk
+  assert "sample: stopped; what was written plays" in capsys.readouterr().err
+  done = []
+
+  def once(self, frames):
+    real(self, frames)
+    if not done:
+      done.append(signal.raise_signal(signal.SIGTERM))
+
+  monkeypatch.setattr(Progress, "add", once)
+  assert sample.main(args) == 0
+  error = capsys.readouterr().err
+  assert "--resume=outputs/a-0-2.state.safetensors" in error
+  assert "1 of 2 videos were not begun" in error
+
+
+def test_a_signal_before_there_is_anything_stops_at_once(capsys, monkeypatch):
+  monkeypatch.setattr(pipeline, "load", lambda *x: signal.raise_signal(signal.SIGTERM))
+  assert sample.main([*FAST, WORDS]) == 130
+  assert "sample: stopped; nothing was made." in capsys.readouterr().err
 
 
 def test_a_file_of_settings_makes_the_same_video_again():

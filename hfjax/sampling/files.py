@@ -1,5 +1,6 @@
 """Files beside a video: the state of its stream, its latents, and what they say of the weights."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,37 +27,54 @@ def save_state(path: Path, state: dict[str, np.ndarray], about: dict[str, Any]):
 
   Raises VideoError if it cannot be written.
   """
-  part = path.with_name(f".{path.name}.{os.getpid()}")
+  part, text = path.with_name(f".{os.getpid()}.part"), json.dumps(about)
+  noted = {"format": _STATE, "about": text, "sha256": _digest(state, text)}
   try:
-    numpy.save_file(state, part, {"format": _STATE, "about": json.dumps(about)})
+    numpy.save_file(state, part, noted)
     os.replace(part, path)
   except (OSError, SafetensorError) as e:
     why = getattr(e, "strerror", None) or e
     raise VideoError(f"{path} cannot be written ({why}); the stream's state is lost.") from e
   finally:
-    part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """What `save_state` was given; VideoError if the file holds no such thing."""
-  if not path.exists():
+  if not path.is_file():
     raise VideoError(f"{path} is not there; give the .state.safetensors file of a stopped video.")
   try:
     with safe_open(path, "numpy") as file:
       noted = file.metadata() or {}
       if noted.get("format") != _STATE:
         raise VideoError(f"{path} is no state of a stream; give what --resume was promised.")
-      return {name: file.get_tensor(name) for name in file.keys()}, json.loads(noted["about"])  # noqa: SIM118
+      state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if _digest(state, noted["about"]) != noted["sha256"]:
+      raise ValueError("its hash is another")
+    return state, json.loads(noted["about"])
   except (OSError, SafetensorError, ValueError, KeyError) as e:
     if isinstance(e, VideoError):
       raise
     raise VideoError(f"{path} cannot be read ({e}); it is damaged or no state.") from e
 
 
+def _digest(state: dict[str, np.ndarray], about: str) -> str:
+  """SHA-256 of all that a file of a stream says."""
+  digest = hashlib.sha256(about.encode())
+  for name, x in sorted(state.items()):
+    digest.update(f"{name} {x.dtype} {x.shape}".encode())
+    digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
+
+
 class LatentsWriter:
   """Writes the latents of one video, `[f y x z]` in float32, to a safetensors file that grows.
 
-  After every call of `write` the file is whole. Memory is constant at any length.
+  After every call of `write` the file is whole, also if it fails; a process that is killed within
+  one may leave more than the header tells of, which `SavedLatents` does not mind. Memory is
+  constant at any length.
+  about: words for the header, which may change from call to call.
   """
 
   def __init__(self, path: Path, about: dict[str, str]):
@@ -69,10 +87,12 @@ class LatentsWriter:
   def write(self, latents: Float[np.ndarray, "f y x z"]):
     """Appends latents; VideoError when the disk takes no more."""
     data = np.ascontiguousarray(latents, np.float32)
+    end = _HEADER + self.frames * data[0].nbytes
     try:
-      self._put(_HEADER + self.frames * data[0].nbytes, data.tobytes())
+      self._put(end, data.tobytes())
       self._put(0, self._header((self.frames + len(data), *data.shape[1:])))
     except OSError as e:
+      self._file.truncate(end if self.frames else 0)
       raise VideoError(
         f"{self.path} cannot be written ({e.strerror}); the latents before are kept."
       ) from e
@@ -117,24 +137,29 @@ class LatentsWriter:
 class SavedLatents:
   """The frames of a file of latents, decoded piece by piece.
 
-  size: columns and rows of pixels. frames: how many have been given out.
+  about: words of the header. frames: how many have been given out.
   """
 
   def __init__(self, path: Path, piece: int = 3):
     """Opens the file; VideoError if it holds no latents. piece: latent frames decoded at once."""
-    if not path.exists():
+    if not path.is_file():
       raise VideoError(f"{path} is not there; give a file that --latents=save wrote.")
     try:
-      with safe_open(path, "numpy") as file:
-        shape = file.get_slice("latents").get_shape()
-        dtype = file.get_slice("latents").get_dtype()
-    except (OSError, SafetensorError) as e:
-      raise VideoError(f"{path} holds no latents ({e}); give what --latents=save wrote.") from e
+      with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, 2**24)))
+      entry, self.about = header["latents"], header.get("__metadata__", {})
+      shape, dtype = entry["shape"], entry["dtype"]
+      self._data = 8 + length + entry["data_offsets"][0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+      raise VideoError(f"{path} holds no latents ({e!r}); give what --latents=save wrote.") from e
     if len(shape) != 4 or dtype != "F32" or not all(shape):
       raise VideoError(
         f"{path} holds {dtype} latents of shape {shape}; give F32 [frames, rows, columns, "
         "channels]."
       )
+    if self._data + 4 * int(np.prod(shape, dtype=np.int64)) > path.stat().st_size:
+      raise VideoError(f"{path} is cut off; copy it anew.")
     self.path, self.shape, self.piece, self.frames = path, tuple(shape), piece, 0
     self._next = 0
     self._decoder: FrameDecoder | None = None
@@ -157,11 +182,10 @@ class SavedLatents:
   def __next__(self) -> UInt8[Array, "b t y x 3"]:
     if self._next >= self.shape[0] or self._decoder is None:
       raise StopIteration
-    with safe_open(self.path, "numpy") as file:
-      end = min(self._next + self.piece, self.shape[0])
-      piece = file.get_slice("latents")[self._next : end]
+    end = min(self._next + self.piece, self.shape[0])
+    mapped = np.memmap(self.path, "<f4", "r", self._data, self.shape)
+    self.chunk = jnp.asarray(np.array(mapped[self._next : end]))[None]
     self._next = end
-    self.chunk = jnp.asarray(piece)[None]
     frames = self._decoder(self.chunk)
     self.frames += frames.shape[1]
     return frames

@@ -16,6 +16,7 @@ from hfjax.models.sampling_presets import SAMPLING_PRESETS
 FLAGS = flags.FlagValues()
 # What says where, not what, and so does not go over to another run.
 PLACES = ("config", "resume", "out", "overwrite", "quiet", "log_json", "debug")
+LENGTHS = ("seconds", "frames", "endless")
 
 
 class UsageError(ValueError):
@@ -47,7 +48,7 @@ def _define():
   text("size", "832x480", "columns and rows of pixels, multiples of 16")
   text("fps", "16", "frames per second at which the video plays")
   flags.DEFINE_multi_integer("seed", [0], "of the noise; may be repeated: a video for each",
-                             flag_values=FLAGS)  # fmt: skip
+                             lower_bound=0, upper_bound=2**32 - 1, flag_values=FLAGS)  # fmt: skip
   number("samples", 1, "videos for each prompt and seed, made side by side", lower_bound=1)
   choice("preset", None, SAMPLING_PRESETS, "how the weights are meant to be sampled: "
          "window, sink, steps, guidance; what they say by default")  # fmt: skip
@@ -101,9 +102,9 @@ def fill(values: Mapping[str, Any], source: str):
         f"{source} has {name!r}, which is no flag; {f'{near[0]} is one.' if near else ''} "
         "--help lists all."
       )
-    if FLAGS[name].present:
+    if FLAGS[name].present or (name in LENGTHS and any(FLAGS[x].present for x in LENGTHS)):
       continue
-    extra += [f"--{name}={_text(x)}" for x in _values(name, value)]
+    extra += [f"--{name}={_text(name, x)}" for x in _values(name, value, source)]
   _given[:0] = extra
   reset()
   try:
@@ -128,6 +129,11 @@ def reset():
 def read_config(path: Path) -> dict[str, Any]:
   """Settings of a file; of a video's JSON file those that the video was made with."""
   found = read_yaml(path)
+  if isinstance(found, dict) and "resumed_from" in found:
+    raise UsageError(
+      f"{path} is of a video that went on with a stream, which flags alone do not make again; use "
+      "that of its first part."
+    )
   if isinstance(found, dict) and isinstance(found.get("flags"), dict):
     found = {k: v for k, v in found["flags"].items() if k not in PLACES}
   if not isinstance(found, dict):
@@ -144,6 +150,8 @@ def read_yaml(path: Path) -> Any:
     raise UsageError(f"{path}, line {e.lineno}, is no JSON: {e.msg}.") from e
   except yaml.YAMLError as e:
     raise UsageError(yaml_sentence(path, e)) from e
+  except (ValueError, RecursionError) as e:  # a date that is none, or thousands of brackets
+    raise UsageError(f"{path} cannot be read: {e}.") from e
 
 
 def yaml_sentence(path: Path, error: yaml.YAMLError) -> str:
@@ -169,15 +177,27 @@ def _read(argv: Sequence[str]):
     raise UsageError(f'{rest[0]!r} is no flag; prompts are given as --prompt="...".')
 
 
-def _values(name: str, value: Any) -> list[Any]:
+def _values(name: str, value: Any, source: str) -> list[Any]:
+  """One or more values of a flag; UsageError on what is none."""
   if value is None:
     return []
-  if name == "steps" and isinstance(value, list):
-    return [",".join(map(str, value))]
-  if isinstance(value, dict):
-    raise UsageError(f"The setting {name!r} is a mapping; give one value or a list.")
-  return value if isinstance(value, list) else [value]
+  several = isinstance(FLAGS[name], flags.MultiFlag)
+  values = value if isinstance(value, list) else [value]
+  if any(isinstance(x, (dict, list)) for x in values):
+    raise UsageError(f"{source}: the setting {name!r} is nested; give one value or a list.")
+  if name == "steps":
+    return [",".join(map(str, values))]
+  if len(values) > 1 and not several:
+    raise UsageError(f"{source}: there are {len(values)} values of {name!r}; give one.")
+  if any(isinstance(x, bool) for x in values) and not FLAGS[name].boolean:
+    raise UsageError(
+      f"{source}: the setting {name!r} is {values[0]}; put it in quotes if that is a word."
+    )
+  return values
 
 
-def _text(value: Any) -> str:
-  return str(value).lower() if isinstance(value, bool) else str(value)
+def _text(name: str, value: Any) -> str:
+  if isinstance(value, bool):
+    return str(value).lower()
+  whole = isinstance(value, float) and value.is_integer() and FLAGS[name].flag_type() == "int"
+  return str(int(value) if whole else value)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import queue
+import resource
 import signal
 import sys
 import threading
@@ -15,10 +16,13 @@ from tqdm import tqdm
 
 
 class Stop:
-  """Whether the user has asked to stop, by Ctrl-C or SIGTERM; a second one stops at once."""
+  """Whether the user has asked to stop, by Ctrl-C or SIGTERM; a second one stops at once.
+
+  begun: whether there is anything to be ended well; until then the first one stops at once.
+  """
 
   def __init__(self):
-    self.asked = False
+    self.asked = self.begun = False
 
   def __enter__(self) -> "Stop":
     self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -29,14 +33,16 @@ class Stop:
       signal.signal(number, handler)
 
   def _ask(self, number, frame):
-    if self.asked:
+    if self.asked or not self.begun:
       raise KeyboardInterrupt
     self.asked = True
     print("\nStopping after this chunk; once more stops at once.", file=sys.stderr, flush=True)
 
 
 class DeviceClock:
-  """How long the device takes for latents and for decoding them, chunk by chunk.
+  """How long the device takes for latents and for decoding them, without the first two chunks.
+
+  Those wait for compilation: the decoder's first chunk is a program of its own.
 
   It waits for both in a thread of its own, so that whoever makes chunks need not wait. The device
   does one thing after the other: a chunk's latents are begun when the frames before are done, or
@@ -45,7 +51,8 @@ class DeviceClock:
 
   def __init__(self):
     self._queue: queue.SimpleQueue = queue.SimpleQueue()
-    self.rows: list[tuple[float, float]] = []  # seconds of latents and of frames
+    self._chunks = 0
+    self.total = (0, 0.0, 0.0)  # frames, seconds of latents and of decoding, of all that count
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._thread.start()
 
@@ -68,7 +75,11 @@ class DeviceClock:
           made = time.perf_counter()
         jax.block_until_ready(frames)
         free = time.perf_counter()
-        self.rows.append((made - begun, free - made))
+        self._chunks += 1
+        if self._chunks > 2:
+          count, making, decoding = self.total
+          count += frames.shape[1]
+          self.total = count, making + made - begun, decoding + free - made
       del latents, frames
 
   def close(self):
@@ -88,12 +99,10 @@ class Progress:
     self.marks: list[tuple[float, int]] = []  # seconds and frames after each chunk: see `add`
     self.denoising_s: float | None = None  # of a clip whose latents are made all at once
     self.clock = DeviceClock()
-    self.sizes: list[int] = []  # frames of each chunk that the clock watches
     self.bar = tqdm(total=total, unit=" frames", desc=name[:32], disable=quiet)
 
   def watch(self, asked: float, latents: Any, frames: Any):
     """See `DeviceClock`; frames: `[b t y x 3]`."""
-    self.sizes.append(frames.shape[1])
     self.clock.watch(asked, latents, frames)
 
   def add(self, frames: int):
@@ -131,16 +140,9 @@ class Progress:
     return self.videos * (after - before) / (last - first) if after > before else None
 
   def _speeds(self) -> tuple[float | None, float | None]:
-    """Frames per second of transformer and decoder, without two chunks.
-
-    They wait for compilation: the decoder's first chunk is a program of its own.
-    """
-    rows = list(zip(self.clock.rows, self.sizes, strict=False))[2:]
-    if not rows:
-      return None, None
-    frames = self.videos * sum(n for _, n in rows)
-    seconds = [sum(row[i] for row, _ in rows) for i in range(2)]
-    dit, decoder = (frames / s if s > 0 else None for s in seconds)
+    """Frames per second of transformer and decoder, of all videos together."""
+    frames, *seconds = self.clock.total
+    dit, decoder = (self.videos * frames / s if s > 0 else None for s in seconds)
     if self.denoising_s is not None:
       dit = self.videos * self.frames / self.denoising_s
     return dit, decoder
@@ -162,6 +164,7 @@ class Progress:
       "times_real_time": rounded(speed and speed / float(self.videos * self.fps)),
       "total_s": round(last, 3),
       "peak_bytes": stats.get("peak_bytes_in_use"),
+      "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10,
     }
 
   def __enter__(self) -> "Progress":

@@ -13,6 +13,7 @@ import numpy as np
 from hfjax.sampling.flags import FLAGS, UsageError, read_text
 from hfjax.video import read_image, read_video
 
+_LONGEST = 10**7  # seconds of a video, a third of a year
 CONTEXT_FRAMES = 81  # of --video, as long as the clips that models are trained on
 
 
@@ -45,8 +46,8 @@ def read_prompts(path: Path) -> list[str]:
 def _json_prompt(path: Path, number: int, line: str) -> str:
   try:
     row = json.loads(line)
-  except json.JSONDecodeError as e:
-    raise UsageError(f"{path}, line {number}, is no JSON: {e.msg}.") from e
+  except (json.JSONDecodeError, RecursionError) as e:
+    raise UsageError(f"{path}, line {number}, is no JSON: {getattr(e, 'msg', e)}.") from e
   prompt = row.get("prompt") if isinstance(row, dict) else row
   if not isinstance(prompt, str) or not prompt.strip():
     raise UsageError(f'{path}, line {number}, has no prompt; write {{"prompt": "a red square"}}.')
@@ -78,6 +79,8 @@ def length(fps: Fraction, default: int | None) -> int | None:
   given += ["endless"] * FLAGS.endless
   if len(given) > 1:
     raise UsageError(f"The length is given by {' and '.join(f'--{n}' for n in given)}; choose one.")
+  if FLAGS.seconds is not None and not FLAGS.seconds <= _LONGEST:
+    raise UsageError(f"The length is {FLAGS.seconds} seconds; give up to {_LONGEST}, or --endless.")
   if FLAGS.endless:
     return None
   if not given and default != 0:
@@ -112,6 +115,8 @@ def steps() -> int | tuple[float, ...] | None:
   """A number of steps, the steps themselves, or None if they are not given."""
   if FLAGS.steps is None:
     return None
+  if not any(FLAGS.steps):
+    raise UsageError("There are no --steps; give a number of them, or leave it out.")
   try:
     found = tuple(float(s) for s in FLAGS.steps)
   except ValueError as e:

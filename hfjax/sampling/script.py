@@ -37,7 +37,7 @@ class Cue(NamedTuple):
 
 
 def read_script(path: Path) -> list[Cue]:
-  """The cues of a YAML file, in their order; the first is at the beginning.
+  """The cues of a YAML file; the first is at the beginning, and none comes before those above it.
 
       - prompt: a red square on a lawn
       - at: 4.5                # seconds
@@ -54,7 +54,7 @@ def read_script(path: Path) -> list[Cue]:
     entries = yaml.safe_load(text)
   except yaml.YAMLError as e:
     raise UsageError(yaml_sentence(path, e)) from e
-  except ValueError as e:  # a date that is none
+  except (ValueError, RecursionError) as e:  # a date that is none, or thousands of brackets
     raise UsageError(f"{path} is no script: {e}.") from e
   if not isinstance(root, yaml.SequenceNode) or not entries:
     raise UsageError(f"{path} is no script; write a list of `- at: 5` with `prompt: ...` below.")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hfjax.diffusion.guidance import count_texts
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models.sampling_presets import SAMPLING_PRESETS
 from hfjax.pipeline import Pipeline
@@ -15,6 +16,7 @@ from hfjax.sampling.script import Cue
 _FEW = 10  # steps at most that a distilled model is asked for
 _GUIDANCE = 5.0  # of undistilled models (spec section 6.4)
 _STEPS = 50
+_OF_STREAMS = ("window", "sink", "sparsity", "attention", "variant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ def plan(model: Pipeline) -> Plan:
     stream["solver"] = solver
   usual = (preset.guidance if preset.solver else _GUIDANCE) if solver else 1.0
   guidance = usual if FLAGS.guidance is None else FLAGS.guidance
+  count_texts(guidance)  # checks it
   return Plan(name, preset.bidirectional, {**stream, "guidance": guidance}, solver, guidance)
 
 
@@ -69,6 +72,7 @@ def check_clip(frames: int | None, begin: np.ndarray | None, cues: list[Cue]):
     "--image and --video": begin is not None,
     "--script": bool(cues),
     "--save_state": FLAGS.save_state,
+    **{f"--{name}": FLAGS[name].present for name in _OF_STREAMS},
   }
   for name, is_wrong in wrong.items():
     if is_wrong:

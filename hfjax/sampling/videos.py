@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,13 @@ from hfjax.sampling.flags import FLAGS, UsageError
 from hfjax.sampling.progress import Progress, Stop
 from hfjax.sampling.script import Cue
 from hfjax.streaming import Stream
-from hfjax.video import Preview, VideoWriter
+from hfjax.video import Preview, VideoError, VideoWriter
+
+_OTHERS = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".webm")
+# What may lie beside a video.
+_SIDES = (".json", ".png", ".gif", ".latents.safetensors", ".state.safetensors")
+# What a run reads, and the log, to which it adds.
+_READ = ("image", "video", "config", "script", "prompts_file", "latents", "resume", "log_json")
 
 
 class Source(Protocol):
@@ -46,12 +52,14 @@ class Source(Protocol):
 class Job:
   """What is to be written.
 
-  paths: of the videos, one for each sample. frames: of each; None without end. begin: frames that
-  they begin with `[1 t y x 3]`. cues: prompts that are still to come. chunks: made before, in a
-  stream that is gone on with. pending: its frames that were not written yet `[b t y x 3]`.
+  paths: of the videos, one for each sample. prompt: the first one. frames: of each; None without
+  end. begin: frames that they begin with `[1 t y x 3]`. cues: prompts that are still to come.
+  chunks: made before, in a stream that is gone on with. pending: its frames that were not written
+  yet `[b t y x 3]`. begun: called once there is a video.
   """
 
   paths: list[Path]
+  prompt: str
   size: tuple[int, int]
   fps: Fraction
   frames: int | None
@@ -59,17 +67,7 @@ class Job:
   cues: list[Cue] = dataclasses.field(default_factory=list)
   chunks: int = 0
   pending: np.ndarray | None = None
-
-
-@dataclasses.dataclass
-class Made:
-  """What came of a job. stopped: whether the user ended it. surplus: frames of the stream that no
-  longer fitted in `[b t y x 3]`. figures: see `Progress.figures`.
-  """
-
-  figures: dict[str, Any]
-  stopped: bool
-  surplus: np.ndarray | None
+  begun: Callable[[], None] = lambda: None
 
 
 class Recording:
@@ -81,7 +79,9 @@ class Recording:
     self.preview = Preview() if FLAGS.preview else None
     self.latents: LatentsWriter | None = None
     if FLAGS.latents == "save":
-      about = {"prompt": FLAGS.prompt[0] if FLAGS.prompt else "", "fps": str(job.fps)}
+      about = {"prompt": job.prompt, "fps": str(job.fps)}
+      if job.chunks:
+        about["resumed"] = "its decoder needs what came before"
       self.latents = stack.enter_context(LatentsWriter(beside(path, ".latents.safetensors"), about))
 
   def add(self, frames: np.ndarray, latents: np.ndarray | None):
@@ -90,7 +90,25 @@ class Recording:
     if self.preview is not None:
       self.preview.add(frames)
     if self.latents is not None and latents is not None:
+      self.latents.about["frames"] = str(self.writer.frames)
       self.latents.write(latents)
+
+  def write_preview(self, fps: Fraction):
+    """Writes contact sheet and GIF, if they are wanted and there is a frame."""
+    if self.preview is not None and self.writer.frames:
+      self.preview.write(self.path.with_suffix(""), fps)
+
+
+@dataclasses.dataclass
+class Made:
+  """What came of a job. stopped: whether the user ended it. surplus: frames of the stream that no
+  longer fitted in `[b t y x 3]`. figures: see `Progress.figures`.
+  """
+
+  recordings: list[Recording]
+  figures: dict[str, Any]
+  stopped: bool
+  surplus: np.ndarray | None
 
 
 def write_videos(job: Job, source: Source, stop: Stop) -> Made:
@@ -99,9 +117,10 @@ def write_videos(job: Job, source: Source, stop: Stop) -> Made:
   What was written stays, whatever ends it.
   """
   surplus: np.ndarray | None = None
+  stop.begun = True
   with contextlib.ExitStack() as stack:
+    log = open_log(stack)
     recordings = [Recording(path, job, stack) for path in job.paths]
-    log = FLAGS.log_json and stack.enter_context(open(FLAGS.log_json, "a"))
     name = job.paths[0].stem
     progress = stack.enter_context(
       Progress(name, job.frames, job.fps, log, FLAGS.quiet, len(job.paths))
@@ -116,6 +135,8 @@ def write_videos(job: Job, source: Source, stop: Stop) -> Made:
       kept = None if latents is None or FLAGS.latents != "save" else np.asarray(latents)
       for i, recording in enumerate(recordings):
         recording.add(frames[i, :room], None if kept is None else kept[i])
+      if not progress.chunks:
+        job.begun()
       progress.add(frames[:, :room].shape[1])
 
     if isinstance(source, WholeClip):
@@ -144,44 +165,99 @@ def write_videos(job: Job, source: Source, stop: Stop) -> Made:
     if ahead is not None:
       put(*ahead)
     figures = progress.figures()
-  for recording in recordings:
-    if recording.preview is not None:
-      recording.preview.write(recording.path.with_suffix(""), job.fps)
   stopped = stop.asked and (job.frames is None or figures["frames"] < job.frames)
-  return Made(figures, stopped, surplus if surplus is not None and surplus.size else None)
+  surplus = surplus if surplus is not None and surplus.size else None
+  return Made(recordings, figures, stopped, surplus)
+
+
+def open_log(stack: contextlib.ExitStack) -> TextIO | None:
+  """The file of --log_json, if there is one; VideoError if it cannot be written."""
+  if FLAGS.log_json is None:
+    return None
+  try:
+    return stack.enter_context(open(FLAGS.log_json, "a"))
+  except OSError as e:
+    raise VideoError(f"--log_json={FLAGS.log_json} cannot be written ({e.strerror}).") from e
 
 
 def change_prompt(job: Job, source: Source):
   """Lets the stream follow the prompts that begin with its next chunk."""
   if not job.cues or not isinstance(source, Stream):
     return
-  following = source.config.geometry.chunk * source.model.autoencoder.config.time_factor
+  factor = source.model.autoencoder.config.time_factor
+  following = source.config.geometry.chunk * factor - (0 if source.frames else factor - 1)
   while job.cues and job.cues[0].is_due(source.frames, job.chunks, following, job.fps):
     cue = job.cues.pop(0)
     source.set_prompt(cue.prompt, cue.blend, cue.share)
 
 
-def targets(names: list[str]) -> list[Path]:
-  """Paths of the videos; their folder is made. Raises UsageError if one would be lost."""
-  out = Path("outputs" if FLAGS.out is None else FLAGS.out).expanduser()
-  single = FLAGS.out is not None and out.suffix.lower() == ".mp4" and not out.is_dir()
-  if single and len(names) > 1:
-    raise UsageError(f"{len(names)} videos are to be made, and --out is one file; give a folder.")
-  folder = out.parent if single else out
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UsageError(f"{folder} cannot be made ({e.strerror}); write elsewhere with --out.") from e
-  if single:
-    if out.exists() and not FLAGS.overwrite:
-      raise UsageError(f"{out} is there already; choose another name, or add --overwrite.")
-    return [out]
-  found: list[Path] = []
-  for name in names:
+class Places:
+  """Where videos go: their names are taken when they are chosen, by empty files.
+
+  Those that nothing was written to are gone at the end.
+  """
+
+  def __init__(self):
+    self.taken: list[Path] = []
+
+  def __enter__(self) -> "Places":
+    return self
+
+  def __exit__(self, *exception):
+    for path in self.taken:
+      with contextlib.suppress(OSError):
+        if not path.stat().st_size:
+          path.unlink()
+
+  def choose(self, names: list[str], usual: str | Path = "outputs") -> list[Path]:
+    """A path for each video; their folder is made. usual: folder unless --out names another.
+
+    Raises UsageError if a file would be lost.
+    """
+    out = Path(usual if FLAGS.out is None else FLAGS.out).expanduser()
+    if out.suffix.lower() in _OTHERS and not out.is_dir():
+      raise UsageError(f"--out is {out}, and videos are MP4; give a name that ends in .mp4.")
+    single = FLAGS.out is not None and out.suffix.lower() == ".mp4" and not out.is_dir()
+    if single and len(names) > 1:
+      raise UsageError(f"{len(names)} videos are to be made, and --out is one file; give a folder.")
+    folder = out.parent if single else out
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise UsageError(f"{folder} cannot be made ({e.strerror}); write elsewhere.") from e
+    if single:
+      self._check(out)
+      if not FLAGS.overwrite and not self._take(out):
+        raise UsageError(f"{out} is there already; choose another name, or add --overwrite.")
+      return [out]
+    return [self._free(folder, name) for name in names]
+
+  def _free(self, folder: Path, name: str) -> Path:
     endings = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
     paths = (folder / f"{name}{ending}.mp4" for ending in endings)
-    found.append(next(p for p in paths if p not in found and not p.exists()))
-  return found
+    free = (p for p in paths if not any(beside(p, x).exists() for x in _SIDES))
+    return next(p for p in free if self._take(p))
+
+  def _take(self, path: Path) -> bool:
+    """Makes an empty file, unless there is one."""
+    try:
+      path.touch(exist_ok=False)
+    except FileExistsError:
+      return False
+    except OSError as e:
+      raise UsageError(f"{path} cannot be written ({e.strerror}); write elsewhere.") from e
+    self.taken.append(path)
+    return True
+
+  def _check(self, out: Path):
+    """Raises UsageError if files beside a video would take the place of others."""
+    read = {name: str(FLAGS[name].value) for name in _READ if FLAGS[name].value}
+    for path in (out, *(beside(out, ending) for ending in _SIDES)):
+      for name, given in read.items():
+        if path.resolve() == Path(given).expanduser().resolve():
+          raise UsageError(f"{path} would be lost, which --{name} reads; choose another --out.")
+      if path.exists() and not FLAGS.overwrite:
+        raise UsageError(f"{path} is there already; choose another --out, or add --overwrite.")
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -191,14 +267,16 @@ def beside(path: Path, ending: str) -> Path:
 
 def slug(prompt: str) -> str:
   """A file name of the prompt's words."""
-  words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
-  return words[:60].rstrip("-_") or "video"
+  words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60]
+  # Names have 255 bytes, and the longest ending takes some dozen.
+  return words.encode()[:180].decode(errors="ignore").rstrip("-_") or "video"
 
 
-def write_about(path: Path, about: dict[str, Any], say: Callable[[str], None]):
-  """Writes what is known of a video to a JSON file beside it."""
+def write_about(path: Path, about: dict[str, Any]):
+  """Writes what is known of a video to a JSON file beside it; VideoError if that cannot be."""
   target = path.with_suffix(".json")
+  plain = lambda x: dict(vars(x)) if dataclasses.is_dataclass(x) else str(x)
   try:
-    target.write_text(json.dumps(about, indent=2, default=str) + "\n")
+    target.write_text(json.dumps(about, indent=2, default=plain) + "\n")
   except OSError as e:
-    say(f"{target} cannot be written ({e.strerror}); the video is not touched by that.")
+    raise VideoError(f"{target} cannot be written ({e.strerror}); the video itself plays.") from e

@@ -167,6 +167,9 @@ class Blend:
 
 def sample_keys(seeds: Sequence[int] | int, batch: int):
   """One random key per sample: of its own seed, or of the common seed and its number."""
+  given = seeds if isinstance(seeds, (Sequence, np.ndarray)) else [seeds]
+  if any(isinstance(s, (int, np.integer)) and not 0 <= s < 2**32 for s in given):
+    raise ValueError(f"The seeds are {seeds}; give numbers from 0 to {2**32 - 1}.")
   if isinstance(seeds, (int, np.integer)):
     key = jax.random.key(int(seeds))
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))

@@ -56,7 +56,7 @@ class Stream:
 
     model: see `hfjax.pipeline.load`. size: columns and rows of pixels. seed: one for all, from
       which each video takes its own noise, or one for each. negative_prompt: what guided videos
-      keep away from. kept: see `LatentStream`.
+      keep away from; it may be empty. kept: see `LatentStream`.
     settings: of `Geometry` (window, sink, chunk, ratio, rope_cap, variant) and of `StreamConfig`
       (steps, warp, shift, solver, guidance), whose defaults hold. The variant is by default the
       model's.
@@ -66,7 +66,7 @@ class Stream:
     self.model, self.prompts = model, _listed(prompt)
     self.config = configure(model, size, dtype=dtype, backend=backend, **settings)
     context, guided = model.encode(self.prompts), self.config.guidance != 1
-    negative = model.encode(_listed(negative_prompt)) if guided else None
+    negative = model.encode([negative_prompt]) if guided else None
     self.latents = LatentStream(self.config, model.params, context, seed, kept, negative)
     self.decoder = FrameDecoder(model.autoencoder)
     self.chunk: Array | None = None

@@ -57,8 +57,9 @@ class Preview:
     return np.stack(self._kept)
 
   def sheet(self, columns: int = 4, rows: int = 4, width: int = 1280) -> np.ndarray:
-    """A contact sheet `[y x 3]` of what is kept."""
-    return contact_sheet(self.frames, columns, rows, width)
+    """A contact sheet `[y x 3]` of what is kept, which is not made larger."""
+    frames = self.frames
+    return contact_sheet(frames, columns, rows, min(width, columns * frames.shape[2]))
 
   def write(self, stem: str | Path, fps: Fraction | float | str) -> tuple[Path, Path]:
     """Writes a contact sheet and a GIF, to `stem.png` and `stem.gif`, and says where.

@@ -1,5 +1,6 @@
 """Videos that can be watched while they grow, and that a killed process leaves playable."""
 
+import contextlib
 import io
 import os
 from fractions import Fraction
@@ -111,8 +112,9 @@ class VideoWriter:
     if self._file is not None:
       self._file.close()
       self._file = None
-      if not self.path.stat().st_size:
-        self.path.unlink()
+      with contextlib.suppress(FileNotFoundError):  # somebody took it away
+        if not self.path.stat().st_size:
+          self.path.unlink()
 
   def __enter__(self) -> "VideoWriter":
     return self

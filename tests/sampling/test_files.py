@@ -45,6 +45,13 @@ def test_files_that_are_no_state_are_refused(tmp_path):
   path.write_bytes(path.read_bytes()[:20])
   with pytest.raises(VideoError, match="cannot be read"):
     load_state(path)
+  save_state(path, {"a": np.arange(3), "b": np.zeros(4)}, {"left": 3})
+  whole = path.read_bytes()
+  for old, new in ((b'"b"', b'"c"'), (b"left", b"lift"), (whole[-1:], b"\x01")):
+    at = whole.rindex(old)
+    path.write_bytes(whole[:at] + new + whole[at + len(old) :])
+    with pytest.raises(VideoError, match="cannot be read"):
+      load_state(path)
   with pytest.raises(VideoError, match="cannot be written"):
     save_state(tmp_path / "none" / "x", {"a": np.zeros(3)}, {})
 
@@ -77,6 +84,27 @@ def test_saved_latents_are_decoded_as_they_were(tmp_path):
   save_file({"latents": latents[..., :5]}, tmp_path / "b")
   with pytest.raises(VideoError, match="5 channels, and the autoencoder takes 16"):
     SavedLatents(tmp_path / "b").begin(a)
+
+
+def test_a_full_disk_keeps_the_latents_that_are_there(tmp_path, monkeypatch):
+  path, piece = tmp_path / "a", np.ones((2, 4, 6, 16), np.float32)
+  with LatentsWriter(path, {}) as writer:
+    writer.write(piece)
+
+    def put(at, data, real=writer._put):
+      real(at, data[: len(data) // 2])
+      raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "_put", put)
+    with pytest.raises(VideoError, match="the latents before are kept"):
+      writer.write(2 * piece)
+  np.testing.assert_array_equal(load_file(path)["latents"], piece)
+  # A process that is killed within a write leaves a tail.
+  path.write_bytes(path.read_bytes() + b"tail")
+  assert SavedLatents(path).shape == piece.shape
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(VideoError, match="is cut off"):
+    SavedLatents(path)
 
 
 @pytest.mark.parametrize(

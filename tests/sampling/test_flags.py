@@ -25,6 +25,11 @@ def test_a_file_holds_any_flags_and_the_command_line_goes_before_it():
   assert FLAGS.image is None and FLAGS.window is None
   flags.parse(["--config=night.yaml", "--prompt=c", "--noendless"])
   assert FLAGS.prompt == ["c"] and not FLAGS.endless
+  Path("long.yaml").write_text("frames: 30.0\nsamples: 2")
+  flags.parse(["--config=long.yaml"])
+  assert FLAGS.frames == 30
+  flags.parse(["--config=long.yaml", "--seconds=1"])  # the length of the command line goes before
+  assert FLAGS.frames is None and FLAGS.samples == 2
   flags.parse([])
   assert FLAGS.prompt == [] and FLAGS.config is None and flags.set_flags() == {}
 
@@ -50,7 +55,12 @@ def test_a_saved_stream_fills_what_neither_command_line_nor_file_say():
     ("sise: 64x32", "c.yaml has 'sise', which is no flag; size is one"),
     ("size: 64x32\nprompt: [a", "c.yaml, line 2, is no YAML"),
     ("- a", "c.yaml holds no settings"),
-    ("prompt: {a: b}", "'prompt' is a mapping"),
+    ("prompt: {a: b}", "'prompt' is nested"),
+    ("prompt: [[a]]", "'prompt' is nested"),
+    ("prompt: yes", "'prompt' is True; put it in quotes"),
+    ("size: [64x32, 32x32]", "2 values of 'size'; give one"),
+    ("prompt: 2026-13-45", "c.yaml cannot be read"),
+    ("resumed_from: a", "went on with a stream"),
     ("window: wide", "c.yaml: flag --window=wide"),
     ("vae: huge", "c.yaml: flag --vae=huge"),
   ],

@@ -1,5 +1,6 @@
 """Scripts of prompts."""
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -35,9 +36,9 @@ def test_a_prompt_begins_at_the_border_between_chunks_that_is_nearest():
   borders = [0, *range(9, 200, 12)]
   for seconds in (0, 0.2, 0.3, 1, 1.7, 5):
     cue = Cue(Fraction(seconds).limit_denominator(), None, "x")
-    first = next(b for i, b in enumerate(borders) if cue.is_due(b, i, 12, FPS))
-    distance = abs(first - seconds * 16)
-    assert distance <= 6 and (first == 0) == (seconds * 16 < 6)
+    pairs = list(itertools.pairwise(borders))
+    first = next(b for i, (b, c) in enumerate(pairs) if cue.is_due(b, i, c - b, FPS))
+    assert abs(first - seconds * 16) == min(abs(b - seconds * 16) for b in borders)
   late = Cue(None, 3, "x")
   assert [late.is_due(0, i, 12, FPS) for i in range(5)] == [False] * 3 + [True] * 2
 
