@@ -49,10 +49,12 @@ _PREFIXES = (
 
 def parse(text: str) -> tuple[Path, float]:
   """File and strength of `FILE[@STRENGTH]`; CheckpointError if it is anything else."""
-  match = re.fullmatch(r"(.*\.safetensors)(?:@(.*))?", text, re.DOTALL)
+  endings = "|".join(map(re.escape, (".safetensors", *source.PICKLES)))
+  match = re.fullmatch(rf"(.*(?:{endings}))(?:@(.*))?", text, re.DOTALL)
   if match is None:
     raise CheckpointError(
-      f"{text!r} names no safetensors file; give FILE.safetensors or FILE.safetensors@STRENGTH."
+      f"{text!r} names no file of weights; give FILE.safetensors or FILE.pt, or the same with "
+      "@STRENGTH behind."
     )
   path, strength = match[1], "1" if match[2] is None else match[2]
   try:
@@ -72,7 +74,7 @@ def merge(parts: Sequence[Part], path: Path, strength: float = 1.0) -> list[Part
   target = next((p for p in parts if p.kind.name == "dit"), None)
   if target is None:
     raise CheckpointError(f"{path} updates a transformer, and the checkpoint holds none.")
-  updates = _collect(path, source.read_safetensors(path, _ALPHAS), target)
+  updates = _collect(path, _read(path), target)
   tensors, told = dict(target.tensors), _settings(path)
   for name, update in updates.items():
     tensors[name] = _merged(name, tensors[name], update, strength, path, told)
@@ -84,6 +86,23 @@ def merge(parts: Sequence[Part], path: Path, strength: float = 1.0) -> list[Part
     origin={**target.origin, "lora": [*target.origin.get("lora", []), [path.name, strength]]},
   )
   return [merged if p is target else p for p in parts]
+
+
+def _read(path: Path) -> Tensors:
+  """Tensors of a file, of PyTorch those of the one dictionary in it that holds updates."""
+  if path.suffix not in source.PICKLES:
+    return source.read_safetensors(path, _ALPHAS)
+  found = {
+    key: held
+    for key, held in source.nested(source.read_pickle(path))
+    if any(str(name).endswith(tuple(_ENDS)) for name in held)
+  }
+  if len(found) != 1:
+    raise CheckpointError(
+      f"{path} holds {len(found)} sets of low-rank updates ({', '.join(found) or 'none'}); give a "
+      "file with one."
+    )
+  return source.pickle_tensors(path, *found.values())
 
 
 def _collect(path: Path, tensors: Tensors, part: Part) -> dict[str, dict[str, Tensor]]:
@@ -131,6 +150,8 @@ def _settings(path: Path) -> dict[str, float]:
 
   Raises CheckpointError on settings that differ from module to module, or are no numbers.
   """
+  if path.suffix in source.PICKLES:
+    return {}
   with safe_open(path, framework="np") as f:
     text = (f.metadata() or {}).get("lora_adapter_metadata")
   beside = path.parent / "adapter_config.json"

@@ -209,5 +209,5 @@ def test_strengths_of_updates():
   for strength in ("much", "", "nan"):
     with pytest.raises(CheckpointError, match=f"strength '{strength}' of a.safetensors is no"):
       lora.parse(f"a.safetensors@{strength}")
-  with pytest.raises(CheckpointError, match=r"'a.pt@0.5' names no safetensors file"):
-    lora.parse("a.pt@0.5")
+  with pytest.raises(CheckpointError, match=r"'a.txt@0.5' names no file of weights"):
+    lora.parse("a.txt@0.5")

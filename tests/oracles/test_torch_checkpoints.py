@@ -109,6 +109,33 @@ def test_how_dense_models_are_to_be_sampled(tmp_path, name, key, preset):
   assert (loaded.variant, loaded.preset) == ("reference_dense", preset)
 
 
+def test_low_rank_updates_of_a_trainer(tmp_path, capsys):
+  """As LongLive keeps them, in the form of PEFT, beside other things."""
+  r = np.random.default_rng(0)
+  up, down = (r.normal(size=s).astype(np.float32) for s in ((32, 4), (4, 32)))
+  name = "base_model.model.model.blocks.1.self_attn.q.lora_{}.weight"
+  update = {name.format("A"): torch.from_numpy(down), name.format("B"): torch.from_numpy(up)}
+  torch.save(WEIGHTS, tmp_path / "longlive_base.pt")
+  torch.save({"generator_lora": update, "step": 7}, tmp_path / "lora.pt")
+  args = ("--lora", f"{tmp_path / 'lora.pt'}@0.5", "--to", "original")
+  assert convert(tmp_path / "longlive_base.pt", tmp_path / "merged", *args) == 0
+  merged = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
+  key = "blocks.1.self_attn.q.weight"
+  np.testing.assert_allclose(merged[key], TENSORS[key] + 0.5 * (up @ down), atol=1e-6)
+  others = lambda x: {k: v for k, v in x.items() if k != key}
+  same(others(merged), others(TENSORS))
+  for held, found in (
+    (
+      {"generator_lora": update, "critic_lora": {**update, name.format("C"): torch.ones(1)}},
+      "2 sets .*generator_lora, critic_lora",
+    ),
+    ({"generator": WEIGHTS}, "0 sets of low-rank updates .none"),
+  ):
+    torch.save(held, tmp_path / "lora.pt")
+    error = refused(capsys, tmp_path / "longlive_base.pt", tmp_path / "new", *args)
+    assert re.search(found, error)
+
+
 def test_the_folder_of_a_trainer(tmp_path, capsys):
   """Weights and their averages in files of their own, and what is no weights beside them."""
   torch.save({"generator": prefixed("model.")}, tmp_path / "model.pt")
