@@ -22,7 +22,9 @@ ORACLES_STAMP := $(VENV)/.oracles-$(ACCEL)
 # More processes than this gain nothing: each test compiles on several threads.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: sample test test-slow test-oracles lint format bench clean
+.PHONY: setup sample test test-slow test-oracles lint format bench clean
+
+setup: $(RUN_STAMP)
 
 sample:
 	@echo "make sample: there are no weights yet; see noise with" >&2

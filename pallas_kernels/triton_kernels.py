@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Below any score, and finite, so that no difference of two maxima is NaN.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Below any score, and finite, also times the scale, so that no difference of two maxima is NaN.
+LOWEST = tl.constexpr(-1e36)
 
 
 @triton.jit
