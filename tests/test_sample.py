@@ -433,7 +433,9 @@ def test_help_names_the_flags(capsys):
   assert "--weights" in text and "Ctrl-C" in text and "--sparsity" in text
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+  "how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_process_that_is_stopped_leaves_a_video_that_plays(how, tmp_path):
   command = [
     sys.executable,

@@ -78,7 +78,9 @@ def test_latents_are_those_of_the_stream(exit_step, chunks, renoise_first):
   np.testing.assert_allclose(got.first, firsts, atol=2e-5)
 
 
-@pytest.mark.parametrize(("exit_step", "first"), [(0, True), (2, False)])
+@pytest.mark.parametrize(
+  ("exit_step", "first"), [pytest.param(0, True, marks=pytest.mark.slow), (2, False)]
+)
 def test_gradients_flow_through_the_exit_of_the_last_chunks_only(exit_step, first):
   weights = jax.random.normal(jax.random.key(5), (2, 2 * LAST, *noise(0).start.shape[2:]))
 
