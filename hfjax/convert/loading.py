@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hfjax.convert import checkpoint, source, write
+from hfjax.convert import checkpoint, source, stored, write
 from hfjax.convert.registry import KINDS
 from hfjax.convert.source import CheckpointError, Tensor
 
@@ -58,12 +58,12 @@ def load(
   path = locate(path_or_hub_id)
   place = sharding or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   dtype = _dtype(dtype)
-  folder = checkpoint.hfjax_models(path).get(model)
+  folder = stored.hfjax_models(path).get(model)
   if folder:
     if verify:
-      checkpoint.verify(folder)
-    kind, config, info = checkpoint.read_config(folder)
-    arrays = checkpoint.our_arrays(folder, kind, config)
+      stored.verify(folder)
+    kind, config, info = stored.read_config(folder)
+    arrays = stored.our_arrays(folder, kind, config)
     mapped = {name: _map(tensor) for name, tensor in arrays.items()}
     notes: list[str] = []
     variant, preset = checkpoint.recorded_semantics(kind, config, info, notes)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from safetensors import SafetensorError, numpy, safe_open
 
 from hfjax import convert
-from hfjax.convert import checkpoint
+from hfjax.convert import stored
 from hfjax.streaming.pixels import Autoencoder, FrameDecoder
 from hfjax.video import VideoError
 
@@ -199,9 +199,9 @@ def weights_hash(weights: str) -> str | None:
   if weights.startswith("random:"):
     return None
   path = convert.locate(weights)
-  ours = checkpoint.hfjax_models(path)
+  ours = stored.hfjax_models(path)
   if ours:
-    parts = [f"{name} {checkpoint.folder_hash(folder)}" for name, folder in sorted(ours.items())]
+    parts = [f"{name} {stored.folder_hash(folder)}" for name, folder in sorted(ours.items())]
   else:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_weights(p))
     parts = []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hfjax.convert import CheckpointError, checkpoint, dit, load
+from hfjax.convert import CheckpointError, checkpoint, dit, load, stored
 from hfjax.convert.recognise import clean_names
 from tests.convert.helpers import (
   DENSE,
@@ -83,7 +83,7 @@ def test_heads_without_a_config_are_said(tmp_path, capsys):
   put(tmp_path / "wan", tensors_of(wide), cfg=None)
   assert convert(tmp_path / "wan", tmp_path / "ours") == 0
   assert "number of heads; taken to be 2, of 128 channels" in capsys.readouterr().out
-  assert checkpoint.read_config(tmp_path / "ours" / "dit")[1] == wide
+  assert stored.read_config(tmp_path / "ours" / "dit")[1] == wide
 
 
 def test_a_narrow_model_needs_a_config(tmp_path, capsys):

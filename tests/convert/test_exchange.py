@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hfjax.convert import CheckpointError, checkpoint, load, write
+from hfjax.convert import CheckpointError, checkpoint, load, stored, write
 from tests.convert.helpers import content, convert, folders, put, refused
 
 
@@ -126,7 +126,7 @@ def test_a_cut_exchange_is_not_read_as_if_whole(tmp_path, target, monkeypatch, c
   kill_exchange(tmp_path, monkeypatch, number)
   (tmp_path / "link").symlink_to(target / "dit")
   for path in (target, target / "dit", target / "dit" / "model.safetensors", tmp_path / "link"):
-    for read in (checkpoint.open_parts, checkpoint.hfjax_models, load):
+    for read in (checkpoint.open_parts, stored.hfjax_models, load):
       with pytest.raises(CheckpointError, match=r"target is not whole.* again with --overwrite"):
         read(path)
   assert "target is not whole" in refused(capsys, target, tmp_path / "out")

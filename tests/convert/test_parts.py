@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hfjax.convert import CheckpointError, checkpoint, load
+from hfjax.convert import CheckpointError, checkpoint, load, stored
 from hfjax.convert.recognise import original_name
 from hfjax.convert.registry import KINDS
 from hfjax.models.taehv import TAEHV
@@ -81,10 +81,10 @@ def test_a_whole_original_folder_goes_everywhere_and_back(tmp_path, capsys):
 def test_one_model_of_many(tmp_path, capsys):
   wan_folder(tmp_path / "wan")
   assert convert(tmp_path / "wan", tmp_path / "ours", "--model", "vae") == 0
-  assert [*checkpoint.hfjax_models(tmp_path / "ours")] == ["vae"]
+  assert [*stored.hfjax_models(tmp_path / "ours")] == ["vae"]
   # Another one is added to it, and the first stays.
   assert convert(tmp_path / "wan", tmp_path / "ours", "--model", "dit", "--overwrite") == 0
-  assert sorted(checkpoint.hfjax_models(tmp_path / "ours")) == ["dit", "vae"]
+  assert sorted(stored.hfjax_models(tmp_path / "ours")) == ["dit", "vae"]
   error = refused(capsys, tmp_path / "wan", tmp_path / "x", "--model", "taehv")
   assert "holds no taehv: only dit, umt5, vae" in error
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hfjax.convert import CheckpointError, checkpoint, dit, write
+from hfjax.convert import CheckpointError, checkpoint, dit, stored, write
 from tests.convert.helpers import (
   HYBRID,
   ROOT,
@@ -85,15 +85,15 @@ def test_the_record_beside_the_weights(tmp_path, capsys):
   assert info["origin"] == {
     "files": {file.name: file.stat().st_size}, "key": "", "averaged": False, "naming": "original",
   }  # fmt: skip
-  assert checkpoint.read_config(folder)[1] == HYBRID
+  assert stored.read_config(folder)[1] == HYBRID
   assert info["variant"] == "reference_infer"
   digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
   assert info["hashes"] == {"model.safetensors": digest}
   assert "Taken for variant reference_infer" in capsys.readouterr().out
-  before = checkpoint.folder_hash(folder)
+  before = stored.folder_hash(folder)
   info["hashes"]["model.safetensors"] = digest[::-1]
   (folder / "config.json").write_text(json.dumps(info))
-  assert checkpoint.folder_hash(folder) != before
+  assert stored.folder_hash(folder) != before
   assert folders(tmp_path) == ["ours", "wan"]
 
 

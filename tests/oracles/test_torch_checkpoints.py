@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from hfjax.convert import CheckpointError, checkpoint, load
+from hfjax.convert import CheckpointError, checkpoint, load, stored
 from tests.convert.helpers import CFG, TENSORS, convert, folders, refused, same
 
 WEIGHTS = {k: torch.from_numpy(v.copy()) for k, v in TENSORS.items()}
@@ -145,7 +145,7 @@ def test_the_folder_of_a_trainer(tmp_path, capsys):
   same(read(tmp_path, averaged=True), {k: v.numpy() for k, v in EMA.items()})
   assert convert(tmp_path, tmp_path / "ours", "--ema") == 0
   assert "Left out optimizer.pt" in capsys.readouterr().out
-  origin = checkpoint.read_config(tmp_path / "ours" / "dit")[2]["origin"]
+  origin = stored.read_config(tmp_path / "ours" / "dit")[2]["origin"]
   assert [*origin["files"]] == ["ema_model.pt"] and origin["averaged"]
   assert origin["key"] == "generator_ema"
 
