@@ -78,6 +78,8 @@ def block_map(
 @functools.partial(jax.jit, static_argnums=range(4, 10), inline=True)
 def _map(q, k, past_means, state, ratio, states, center, block_q, block_k, kernels):
   """`block_map` of checked arguments; kernels: by those of Triton."""
+  # Choices have no gradient, and what makes a batch of vmap's axis would hide that.
+  q, k, past_means = jax.lax.stop_gradient((q, k, past_means))
   state = jnp.clip(state, 0, len(states) - 1)
   length = jnp.asarray(states, jnp.int32)[state]
   current = [] if past_means is None else [[k.shape[1]] * len(states)]

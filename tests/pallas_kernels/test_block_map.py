@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -174,3 +175,32 @@ def test_arguments_that_do_not_fit_are_refused(change, sentence):
   args = {"q": x, "k": x, "ratio": 0.5, "block_q": 8, "block_k": 8, **change}
   with pytest.raises(ValueError, match=sentence):
     pk.block_map(args.pop("q"), args.pop("k"), args.pop("ratio"), **args)
+
+
+def test_choices_of_kernels_stand_still_under_gradients(monkeypatch):
+  """As in training: layers in a loop, each computed again in the backward pass."""
+  from pallas_kernels import pooling, triton_map
+
+  monkeypatch.setattr(triton_map, "unsupported", lambda *args: None)
+  monkeypatch.setattr(
+    triton_map, "block_means", lambda xs, block: tuple(pooling.block_means(x, block) for x in xs)
+  )
+  chosen = lambda q, k, most, count: pooling.choose_blocks(q, k, most, count)[0]
+  monkeypatch.setattr(triton_map, "choose_blocks", chosen)
+  x = jnp.asarray(draw(3, 1, 32, 1, 4))
+
+  def total(x):
+    @jax.checkpoint
+    def layer(x, _):
+      index, _ = pk.block_map(x, x, 0.5, block_q=8, block_k=8)
+      return x * (1 + index.sum()), index
+
+    y, _ = jax.lax.scan(layer, x, None, length=2)
+    return y.sum()
+
+  index, _ = pk.block_map(x, x, 0.5, block_q=8, block_k=8, backend="xla")
+  scaled, _ = pk.block_map(
+    x * (1 + index.sum()), x * (1 + index.sum()), 0.5, block_q=8, block_k=8, backend="xla"
+  )
+  want = (1 + index.sum()) * (1 + scaled.sum())
+  np.testing.assert_allclose(jax.grad(total)(x), np.full(x.shape, float(want)))
