@@ -1,9 +1,9 @@
 """Converts checkpoints: `python tools/convert_checkpoint.py SRC DST`.
 
 SRC is a file or folder of weights: original Wan folders, Diffusers folders, the .pt files of
-trainers (Self-Forcing, LongLive, Hybrid Forcing), hfjax folders. DST becomes an hfjax folder with
-one folder per model (dit, vae, umt5, taehv), or, with --to, weights under original or Diffusers
-names. Nothing is written unless everything is converted.
+trainers (Self-Forcing, LongLive, Hybrid Forcing), hfjax folders, runs of hfjax's training (their
+--workdir). DST becomes an hfjax folder with one folder per model (dit, vae, umt5, taehv), or, with
+--to, weights under original or Diffusers names. Nothing is written unless everything is converted.
 """
 
 import argparse
@@ -29,7 +29,9 @@ def convert(args: argparse.Namespace):
   source, target = user_path(args.source), user_path(args.target)
   with write.replace_folder(target, args.overwrite, source) as folder:
     checkpoint.check_layout(target, args.to)
-    parts = checkpoint.open_parts(source, args.model, args.variant, args.ema, args.preset)
+    parts = checkpoint.open_parts(
+      source, args.model, args.variant, args.ema, args.preset, args.step
+    )
     for spec in args.lora:
       parts = lora.merge(parts, *lora.parse(spec))
     rows = [checkpoint.entries(part, args.to, args.dtype)[0] for part in parts]
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--preset", choices=SAMPLING_PRESETS, help="how they are to be sampled")
   parser.add_argument("--to", default="hfjax", choices=("hfjax", "original", "diffusers"))
   parser.add_argument("--ema", action="store_true", help="take moving averages of the weights")
+  parser.add_argument("--step", type=int, metavar="N", help="of a run of training; else its newest")
   parser.add_argument(
     "--lora", action="append", default=[], metavar="FILE[@STRENGTH]",
     help="safetensors to merge into the transformer; repeatable",

@@ -14,7 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hfjax.convert import recognise, source, write
+from hfjax.convert import recognise, runs, source, write
+from hfjax.convert.part import Part, named_tensors
 from hfjax.convert.registry import KINDS, Kind
 from hfjax.convert.source import CheckpointError, Tensor, Tensors
 from hfjax.convert.stored import (
@@ -40,35 +41,13 @@ _GENERATORS = ("generator", "generator_ema")
 _EXPERTS = ("high_noise_model", "transformer_2")
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """One model of a checkpoint.
-
-  tensors: under original names, complete. variant: semantics it was trained with.
-  origin: what it was read from, for the record. notes: sentences for the user.
-  preset: how a transformer is meant to be sampled, a name in `SAMPLING_PRESETS`.
-  """
-
-  kind: Kind
-  config: Any
-  tensors: Tensors
-  variant: str | None
-  origin: Mapping[str, Any]
-  notes: Sequence[str] = ()
-  preset: str | None = None
-
-  @property
-  def table(self) -> Table:
-    """Its name table."""
-    return self.kind.table(self.config)
-
-
 def open_parts(
   path: Path,
   model: str = "auto",
   variant: str | None = None,
   averaged: bool = False,
   preset: str | None = None,
+  step: int | None = None,
 ) -> list[Part]:
   """The models that a file or folder holds, in any format that hfjax writes or reads.
 
@@ -77,6 +56,7 @@ def open_parts(
   averaged: take moving averages of weights.
   preset: name in `SAMPLING_PRESETS` to record; by default what names and tensors speak for. A
     variant that it has is recorded too.
+  step: of a run of training; by default its newest.
   What is not wanted, or no model, is left out, also if it cannot be read.
   Raises CheckpointError with a sentence on whatever is wanted and cannot be read.
   """
@@ -87,6 +67,15 @@ def open_parts(
         f"The preset {preset} is of variant {own}, and {variant} was asked for; leave one out."
       )
     variant = variant or own
+  if runs.is_run(path):
+    if model not in ("auto", "dit"):
+      _check_found(path, [], model, {"dit"}, {})
+    part = runs.open_run(path, averaged, step)
+    info = {"variant": part.variant, "preset": part.preset, "origin": part.origin}
+    return [_with_semantics(part, info, variant, preset)]
+  runs.check_is_whole(path)
+  if step is not None:
+    raise CheckpointError(f"{path} is no run of training, which alone has steps; leave out --step.")
   ours = hfjax_models(path)
   if ours:
     if averaged:
@@ -309,30 +298,23 @@ def _open_hfjax(folder: Path, variant: str | None, preset: str | None) -> Part:
   kind, config, info = read_config(folder)
   verify(folder)
   arrays = our_arrays(folder, kind, config)
-  table = kind.table(config)
-  tensors: dict[str, Tensor] = {}
-  for leaf in table.leaves:
-    array = arrays[leaf.path]
-    for i, names in enumerate(table.names_of(leaf)):
-      for n, name in enumerate(names):
-        code = info["dtypes"].get(name)
-        dtype = source.DTYPES[code] if code else array.dtype
-        layer = i if leaf.is_layered else None
-        read = _part_reader(table, leaf, array, layer, n, dtype)
-        tensors[name] = Tensor(table.shapes[name], dtype, read)
-  notes: list[str] = []
-  variant, preset = recorded_semantics(kind, config, info, notes, variant, preset)
+  tensors = named_tensors(kind.table(config), arrays, info["dtypes"])
+  part = Part(kind, config, tensors, info["variant"], {**info["origin"]}, preset=info.get("preset"))
+  return _with_semantics(part, info, variant, preset)
+
+
+def _with_semantics(
+  part: Part, info: Mapping[str, Any], variant: str | None, preset: str | None
+) -> Part:
+  """A part with the variant and preset that are given, else with those that `info` records."""
+  notes = [*part.notes]
+  variant, preset = recorded_semantics(part.kind, part.config, info, notes, variant, preset)
+  config, tensors = part.config, part.tensors
   if variant is not None:
-    config, tensors = _hybrid(kind, config, tensors, variant, notes)
-  return Part(kind, config, tensors, variant, {**info["origin"]}, notes, preset)
-
-
-def _part_reader(table, leaf, array, layer, number, dtype):
-  def read(row=None):
-    x = table.part(leaf, array.read(layer))[number].astype(dtype, copy=False)
-    return x if row is None else x[row]
-
-  return read
+    config, tensors = _hybrid(part.kind, config, tensors, variant, notes)
+  return dataclasses.replace(
+    part, config=config, tensors=tensors, variant=variant, preset=preset, notes=notes
+  )
 
 
 # ---- Writing ----

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hfjax.convert import checkpoint, source, stored, write
+from hfjax.convert import checkpoint, runs, source, stored, write
 from hfjax.convert.registry import KINDS
 from hfjax.convert.source import CheckpointError, Tensor
 
@@ -40,6 +40,8 @@ def load(
 ) -> Loaded:
   """One model of a local folder or file, or of a repository of the Hugging Face Hub.
 
+  Of a run of training, the weights of its newest step; tools/convert_checkpoint.py has others.
+
   hfjax folders are mapped into memory, and each device reads its own part. Other formats are folded
   array by array on the host; convert them once with tools/convert_checkpoint.py to load faster.
 
@@ -58,7 +60,7 @@ def load(
   path = locate(path_or_hub_id)
   place = sharding or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   dtype = _dtype(dtype)
-  folder = stored.hfjax_models(path).get(model)
+  folder = None if runs.is_run(path) else stored.hfjax_models(path).get(model)
   if folder:
     if verify:
       stored.verify(folder)

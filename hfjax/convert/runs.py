@@ -1,0 +1,272 @@
+"""Runs of training as checkpoints: weights of a step, read array by array.
+
+A run's folder has `checkpoints/STEP`, as Orbax writes them, each with items: `student` (weights),
+`ema` (their averages), `adapters` (low-rank ones, if only these are trained; then `ema` is theirs)
+and `note`, which says what the weights are. What else training keeps is not read.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hfjax.convert.adapters import TARGETS, Factors, to_original
+from hfjax.convert.part import Part, named_tensors
+from hfjax.convert.registry import KINDS
+from hfjax.convert.source import CheckpointError, Tensor
+from hfjax.models.geometry import VARIANTS
+from hfjax.models.presets import WanConfig
+from hfjax.models.sampling_presets import SAMPLING_PRESETS
+
+FORMAT = "hfjax-run-1"
+_SHOWN = 20  # steps named in a sentence
+
+
+class _DamagedError(Exception):
+  """Why a step cannot be read."""
+
+
+def is_run(path: Path) -> bool:
+  """Whether a folder is a run's; one without any checkpoint yet, too."""
+  folder = path / "checkpoints"
+  if not os.path.isdir(folder):
+    return False
+  entries = [*folder.iterdir()]
+  # Orbax names those that it has not finished STEP.orbax-checkpoint-tmp.
+  return not entries or any(e.is_dir() and e.name.partition(".")[0].isdigit() for e in entries)
+
+
+def check_is_whole(path: Path):
+  """Raises CheckpointError if `path` is a part of a run, rather than the run."""
+  whole = Path(os.path.abspath(path))
+  for folder in (whole, *whole.parents[:2]):
+    if folder.name == "checkpoints" and is_run(folder.parent):
+      raise CheckpointError(
+        f"{path} is a part of a run of training; give its folder, {folder.parent}, and --step for "
+        "one of its steps."
+      )
+
+
+def open_run(path: Path, averaged: bool = False, step: int | None = None) -> Part:
+  """The transformer of a run's step, by default its newest; adapters are merged.
+
+  averaged: moving averages of what is trained.
+  Arrays are read when asked for, one being held at a time, whatever devices training had.
+  Raises CheckpointError, also while reading, if the step is missing or damaged; no other is taken
+  for it.
+  """
+  steps = _steps(path)
+  if not steps:
+    raise CheckpointError(
+      f"{path} is a run of training that has written no checkpoint yet; wait for its first."
+    )
+  if step is not None and step not in steps:
+    more = "" if len(steps) <= _SHOWN else "..., "
+    raise CheckpointError(
+      f"{path} has no checkpoint of step {step}; it has {more}"
+      f"{', '.join(map(str, steps[-_SHOWN:]))}."
+    )
+  step = steps[-1] if step is None else step
+  try:
+    return _open(path, step, averaged)
+  except _DamagedError as e:
+    raise _refusal(path, step, averaged, e) from e
+
+
+def _steps(path: Path) -> list[int]:
+  """Finished steps, rising."""
+  entries = (path / "checkpoints").iterdir()
+  return sorted(int(e.name) for e in entries if e.name.isdigit() and e.is_dir())
+
+
+def _refusal(path: Path, step: int, averaged: bool, why: Exception) -> CheckpointError:
+  """What is said of a damaged step, with another that can be opened."""
+  other = None
+  for candidate in reversed(_steps(path)):
+    if candidate != step:
+      try:
+        _open(path, candidate, averaged)
+      except (_DamagedError, CheckpointError):
+        continue
+      other = candidate
+      break
+  advice = "no other step of the run can be read"
+  if other is not None:
+    advice = f"step {other} can be taken instead, with --step {other}"
+  reason = str(why).strip().splitlines()[0][:200].rstrip(".")
+  return CheckpointError(
+    f"The checkpoint of step {step} of {path} is damaged, or was removed meanwhile; {advice}. "
+    f"({reason}.)"
+  )
+
+
+def _open(path: Path, step: int, averaged: bool) -> Part:
+  """The transformer of a step; _DamagedError if it cannot be read."""
+  folder = path / "checkpoints" / str(step)
+  note = _read_note(folder)
+  config, low_rank = _architecture(note), _low_rank(note)
+  if averaged and not (folder / "ema").is_dir():
+    raise CheckpointError(
+      f"{path} has no moving averages of weights at step {step}; leave out --ema for the weights "
+      "themselves, or take a later step."
+    )
+  kind = KINDS["dit"]
+  table = kind.table(config)
+  weights = folder / ("ema" if averaged and not low_rank else "student")
+  held = _shapes(weights)
+  _check_shapes(weights.name, {n: x.shape for n, x in held.items()}, table.our_shapes)
+
+  @functools.lru_cache(maxsize=1)  # the layers of an array are asked for one after the other
+  def read(name: str) -> np.ndarray:
+    try:
+      return _restore(weights, name)
+    except _DamagedError as e:
+      raise _refusal(path, step, averaged, e) from e
+
+  def tensor(name: str) -> Tensor:
+    shape, dtype = held[name].shape, np.dtype(held[name].dtype)
+    return Tensor(shape, dtype, lambda row=None: read(name) if row is None else read(name)[row])
+
+  tensors = named_tensors(table, {name: tensor(name) for name in held})
+  notes = [f"{'Moving averages of weights' if averaged else 'Weights'} of step {step} were taken."]
+  if low_rank:
+    rank, alpha = low_rank
+    factors = _read_adapters(folder / ("ema" if averaged else "adapters"), config, rank)
+    for module, pair in factors.items():
+      name = f"{module}.weight"
+      tensors[name] = _merged(tensors[name], pair, alpha / rank)
+    notes.append(f"{len(factors)} adapters of rank {rank} were merged, with alpha {alpha:g}.")
+  if not averaged and (folder / "ema").is_dir():
+    notes.append("The step has moving averages of them as well, which --ema takes.")
+  run = os.path.basename(os.path.abspath(path))
+  origin = {"run": run, "step": step, "averaged": averaged, "adapters": note.get("lora")}
+  return Part(kind, config, tensors, note["variant"], origin, notes, note.get("preset"))
+
+
+def _read_note(folder: Path) -> dict[str, Any]:
+  import orbax.checkpoint as ocp
+  from etils import epath
+
+  try:
+    note: Any = ocp.JsonCheckpointHandler().restore(epath.Path(folder / "note"))
+  except Exception as e:  # what a damaged file raises is nowhere said
+    raise _DamagedError(f"its note cannot be read: {e}") from e
+  if not isinstance(note, dict) or not isinstance(note.get("format"), str):
+    raise _DamagedError("its note says nothing")
+  if note["format"] != FORMAT:
+    raise CheckpointError(
+      f"{folder} is of the format {note['format']}, and this hfjax reads {FORMAT}; use the one "
+      "that trained it."
+    )
+  for name, known in (("variant", [*VARIANTS]), ("preset", [None, *SAMPLING_PRESETS])):
+    if note.get(name) not in known:
+      raise _DamagedError(f"its note has the unknown {name} {note.get(name)!r}")
+  return note
+
+
+def _architecture(note: Mapping[str, Any]) -> WanConfig:
+  try:
+    told: dict[str, Any] = note["architecture"]
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    return WanConfig(**fields)
+  except (KeyError, AttributeError, TypeError, ValueError) as e:
+    raise _DamagedError(f"its note describes no transformer: {e}") from e
+
+
+def _low_rank(note: Mapping[str, Any]) -> tuple[int, float] | None:
+  """Rank and alpha of adapters, or None if the weights themselves were trained."""
+  told = note.get("lora")
+  if told is None:
+    return None
+  rank, alpha = (told.get(k) if isinstance(told, dict) else None for k in ("rank", "alpha"))
+  if (
+    not isinstance(rank, int)
+    or isinstance(rank, bool)
+    or rank < 1
+    or not isinstance(alpha, int | float)
+    or not math.isfinite(alpha)
+  ):
+    raise _DamagedError(f"its note describes no adapters: {str(told)[:100]}")
+  return rank, float(alpha)
+
+
+def _read_adapters(folder: Path, config: WanConfig, rank: int) -> dict[str, Factors]:
+  """Factors of all layers by original module name."""
+  adapters: dict[str, dict[str, np.ndarray]] = {}
+  for path in _shapes(folder):
+    name, _, factor = path.partition("/")
+    adapters.setdefault(name, {})[factor] = _restore(folder, path)
+  try:
+    factors = to_original(config, adapters)
+  except Exception as e:  # other names, or other shapes than layouts take
+    raise _DamagedError(f"its {folder.name} are no adapters of this model: {e}") from e
+  shapes = KINDS["dit"].table(config).shapes
+  for module, (down, up) in factors.items():
+    out, into = shapes[f"{module}.weight"]
+    if down.shape != (rank, into) or up.shape != (out, rank):
+      raise _DamagedError(f"its {folder.name} do not fit {module} with rank {rank}")
+  if len(factors) != len(adapters) * config.layers or not adapters.keys() <= TARGETS.keys():
+    raise _DamagedError(f"its {folder.name} are not those of all layers")
+  return factors
+
+
+def _merged(weight: Tensor, pair: Factors, scale: float) -> Tensor:
+  def read(row: int | None = None) -> np.ndarray:
+    change = np.float32(scale) * (pair.up.astype(np.float32) @ pair.down.astype(np.float32))
+    x = (weight.read().astype(np.float32) + change).astype(weight.dtype)
+    return x if row is None else x[row]
+
+  return Tensor(weight.shape, weight.dtype, read)
+
+
+def _shapes(folder: Path) -> dict[str, Any]:
+  """What Orbax says of the arrays of an item, by path."""
+  import orbax.checkpoint as ocp
+  from etils import epath
+
+  if not folder.is_dir():
+    raise _DamagedError(f"it has no {folder.name}")
+  try:
+    first = next(iter(json.loads((folder / "_METADATA").read_text())["tree_metadata"].values()))
+    # Below, all arrays are opened at once, and where many fail Orbax prints a trace for each.
+    _restore(folder, "/".join(key["key"] for key in first["key_metadata"]))
+    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(getattr(k, "key", k)) for k in path): x for path, x in paths}
+  except _DamagedError:
+    raise
+  except Exception as e:  # what damaged files raise is nowhere said
+    raise _DamagedError(f"its {folder.name} cannot be read: {e}") from e
+
+
+def _check_shapes(
+  item: str, have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]]
+):
+  wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+  if wrong:
+    raise _DamagedError(
+      f"its {item} is not of the architecture in its note, in {', '.join(wrong[:3])}"
+    )
+
+
+def _restore(folder: Path, name: str) -> np.ndarray:
+  """An array of an item by its path, and no other, on the host."""
+  import orbax.checkpoint as ocp
+  from etils import epath
+
+  item: Any = name
+  args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+  for key in reversed(name.split("/")):
+    item, args = {key: item}, {key: args}
+  want = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+  try:
+    held = ocp.PyTreeCheckpointHandler().restore(epath.Path(folder), args=want)
+  except Exception as e:  # what damaged files raise is nowhere said
+    raise _DamagedError(f"its {folder.name} cannot be read: {e}") from e
+  return np.asarray(jax.tree.leaves(held)[0])
