@@ -1,8 +1,5 @@
 """What is to be made: prompts, lengths, sizes, and what a video begins with."""
 
-import csv
-import io
-import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from hfjax.sampling.flags import FLAGS, UsageError, read_text
+from hfjax.data import rows
+from hfjax.data.rejects import DataError
+from hfjax.sampling.flags import FLAGS, UsageError
 from hfjax.video import read_image, read_video
 
 _LONGEST = 10**7  # seconds of a video, a third of a year
@@ -34,43 +33,14 @@ def read_prompts(path: Path) -> list[str]:
 
   Raises UsageError, with the line, on what is no prompt.
   """
-  text = read_text(path)
-  if path.suffix.lower() == ".csv":
-    return _csv_prompts(path, text)
-  lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-  if path.suffix.lower() != ".jsonl":
-    return [line for _, line in lines]
-  return [_json_prompt(path, i, line) for i, line in lines]
 
+  def refuse(sentence: str):
+    raise UsageError(sentence)
 
-def _json_prompt(path: Path, number: int, line: str) -> str:
   try:
-    row = json.loads(line)
-  except (json.JSONDecodeError, RecursionError) as e:
-    raise UsageError(f"{path}, line {number}, is no JSON: {getattr(e, 'msg', e)}.") from e
-  prompt = row.get("prompt") if isinstance(row, dict) else row
-  if not isinstance(prompt, str) or not prompt.strip():
-    raise UsageError(f'{path}, line {number}, has no prompt; write {{"prompt": "a red square"}}.')
-  return prompt
-
-
-def _csv_prompts(path: Path, text: str) -> list[str]:
-  try:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    names = [name.strip().lower() for name in rows.fieldnames or [] if name]
-    if "prompt" not in names:
-      raise UsageError(
-        f"{path} has the columns {', '.join(names) or 'of an empty file'}; one must be `prompt`."
-      )
-    found = []
-    for row in rows:
-      prompt = {str(k).strip().lower(): v for k, v in row.items()}.get("prompt")
-      if not prompt or not prompt.strip():
-        raise UsageError(f"{path}, line {rows.line_num}, has no prompt; fill it in.")
-      found.append(prompt)
-    return found
-  except csv.Error as e:
-    raise UsageError(f"{path}, line {rows.line_num}, is no CSV: {e}.") from e
+    return rows.read_prompts(path, refuse)
+  except DataError as e:
+    raise UsageError(str(e)) from e
 
 
 def length(fps: Fraction, default: int | None) -> int | None:

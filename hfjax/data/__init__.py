@@ -1,0 +1,1 @@
+"""What is trained on: prompts, trajectories of teachers, and latents of videos."""

@@ -1,0 +1,128 @@
+"""Batches without end, for each process its own, that go on where they were left."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from hfjax.data.rejects import DataError, Rejects
+from hfjax.data.sources import Source, open_source
+
+__all__ = ["Batches", "batches", "open_source"]
+
+_THREADS = 4
+
+
+class Batches:
+  """Iterates over batches; see `batches`."""
+
+  def __init__(self, data: Any, about: Mapping[str, int]):
+    self._data, self._about = iter(data), dict(about)
+
+  def __iter__(self) -> "Batches":
+    return self
+
+  def __next__(self) -> dict[str, Any]:
+    return next(self._data)
+
+  def get_state(self) -> dict[str, Any]:
+    """Where the next batch lies, JSON-able; every process has its own if examples are skipped."""
+    return {**self._about, "position": self._data.get_state()}
+
+  def set_state(self, state: Mapping[str, Any]):
+    """Goes on with the batch after those before `get_state`.
+
+    Raises DataError on the state of other data, another seed, batch or number of processes.
+    """
+    if "position" not in state:
+      raise DataError("The state of the data has no position; give what get_state returned.")
+    for name, value in self._about.items():
+      if state.get(name) != value:
+        raise DataError(
+          f"The state of the data was saved with {name}={state.get(name)}, and now it is {value}; "
+          "resume with the same, or begin the data anew."
+        )
+    self._data.set_state(state["position"])
+
+
+def batches(
+  source: Source,
+  batch: int,
+  seed: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+  prefetch: int = 2,
+  text_len: int | None = None,
+) -> Batches:
+  """Batches of `batch` examples for this process, without end, shuffled anew in every epoch.
+
+  All processes walk along one endless order, each taking every `process_count`-th example, so that
+  none sees what another does before the epoch is over.
+
+  Yields {"prompt": list of str}, and arrays `[b ...]`, stacked. prefetch: batches that threads read
+  ahead; 0 for none. text_len: rows to which "context" is filled up with zeros.
+
+  Raises DataError if there are too few examples, or a context is longer than `text_len`; and on
+  damaged examples, unless the source was opened with on_bad="skip".
+  """
+  if batch < 1 or not 0 <= process_index < process_count:
+    raise DataError(
+      f"Batches of {batch} are asked for by process {process_index} of {process_count}; give at "
+      "least 1 example, and count processes from 0."
+    )
+  if len(source) < batch * process_count:
+    raise DataError(
+      f"There are {len(source)} examples, and a batch takes {batch * process_count}; give more "
+      "examples, or make the batch smaller."
+    )
+  rejects = getattr(source, "rejects", None) or Rejects()
+  # Before any skipping: lines that were left out of a file do not count among its examples.
+  before = rejects.count
+
+  def read(index: int) -> dict[str, Any] | None:
+    try:
+      return _filled(source[index], text_len)
+    except DataError as e:
+      if rejects.add(str(e), key=index):
+        warnings.warn(f"{e} It is left out.", stacklevel=2)
+      if rejects.count - before >= len(source):
+        raise DataError(f"All examples are bad. {rejects.report()}") from e
+      return None  # which is left out
+
+  order = grain.MapDataset.source(range(len(source))).seed(seed).shuffle().repeat()
+  mine = order.slice(slice(process_index, None, process_count)).map(read)
+  options = grain.ReadOptions(
+    num_threads=min(_THREADS, prefetch * batch), prefetch_buffer_size=prefetch * batch
+  )
+  data: Any = mine.to_iter_dataset(options)  # without what was left out
+  about = {"examples": len(source), "seed": seed, "batch": batch, "process_count": process_count}
+  return Batches(data.batch(batch, batch_fn=_stack), about)
+
+
+def _filled(example: dict[str, Any], text_len: int | None) -> dict[str, Any]:
+  context = example.get("context")
+  if context is None or text_len is None:
+    return example
+  if len(context) > text_len:
+    raise DataError(
+      f"The context of {example['prompt'][:60]!r} has {len(context)} rows, and the model takes "
+      f"{text_len}."
+    )
+  padded = np.zeros((text_len, context.shape[1]), context.dtype)
+  padded[: len(context)] = context
+  return {**example, "context": padded}
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  found: dict[str, Any] = {"prompt": [e["prompt"] for e in examples]}
+  for name in examples[0]:
+    if name != "prompt":
+      shapes = {e[name].shape for e in examples}
+      if len(shapes) > 1:
+        hint = "give text_len, " if name == "context" else ""
+        raise DataError(f"Arrays of {name} differ in shape; {hint}or make the data anew.")
+      found[name] = np.stack([e[name] for e in examples])
+  return found

@@ -1,0 +1,194 @@
+"""Trajectories of a teacher, from noise to clean latents, for the first lessons of a student."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hfjax import convert, pipeline
+from hfjax.data import contexts, shards
+from hfjax.data.rejects import DataError
+from hfjax.data.sources import Prompts, Source
+from hfjax.diffusion import guidance as guiding
+from hfjax.diffusion.schedule import FlowSchedule
+from hfjax.distill import teacher
+from hfjax.models import wan
+from hfjax.models.presets import WanConfig
+
+# States `[b s f y x c]` of trajectories from noise `[b f y x c]` under contexts `[b t w]`.
+Trace = Callable[[Array, Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How trajectories are made.
+
+  shape: frames, rows, columns and channels of the latents.
+  steps: nominal denoising steps of the student, at whose times states are kept: 1000 is noise.
+  teacher_steps: Euler steps of the teacher. shift: of its schedule, and the student's.
+  guidance: of the teacher; 1 for none. seed: of the noise.
+
+  Raises DataError if the teacher does not pass through the student's times.
+  """
+
+  shape: tuple[int, int, int, int]
+  steps: tuple[float, ...] = (1000, 750, 500, 250)
+  teacher_steps: int = 48
+  shift: float = 5.0
+  guidance: float = 5.0
+  seed: int = 0
+
+  def __post_init__(self):
+    if len(self.shape) != 4 or min(self.shape) < 1:
+      raise DataError(f"Latents of shape {self.shape} are asked for; give four sizes from 1 on.")
+    try:
+      teacher.kept_states(self.schedule, self.steps)
+      guiding.count_texts(self.guidance)
+    except ValueError as e:
+      raise DataError(str(e)) from e
+
+  @property
+  def schedule(self) -> FlowSchedule:
+    """The teacher's."""
+    return FlowSchedule(self.shift, self.teacher_steps)
+
+  @property
+  def keep(self) -> tuple[int, ...]:
+    """Kept states: the steps before which they lie, and the number of steps for the clean one."""
+    return teacher.kept_states(self.schedule, self.steps)
+
+  @property
+  def times(self) -> tuple[float, ...]:
+    """Times of the kept states, 0 for the clean one."""
+    return (*FlowSchedule(self.shift).warp(self.steps), 0.0)
+
+  def noise(self, index: int) -> Float[np.ndarray, "f y x c"]:
+    """Where a trajectory begins; float32, each number one that float16 has, as it is stored so."""
+    noise = np.random.default_rng([self.seed, index]).standard_normal(self.shape, np.float32)
+    return noise.astype(np.float16).astype(np.float32)
+
+
+def tracer(
+  config: WanConfig,
+  params: wan.Params,
+  recipe: Recipe,
+  negative: Float[Array, "1 t w"] | None,
+  dtype: Any = jnp.bfloat16,
+) -> Trace:
+  """Trajectories of a bidirectional transformer.
+
+  negative: context that guidance leads away from; not used at guidance 1. dtype: of computing.
+  """
+  guided = recipe.guidance != 1
+  if guided and negative is None:
+    raise DataError("Guidance needs the context of a negative prompt; give one, or guidance 1.")
+
+  def trace(noise: Array, context: Array) -> Array:
+    text = guiding.join_texts(
+      config, jnp.asarray(context), negative if guided else None, recipe.guidance
+    )
+    return _trace(
+      config, recipe.schedule, recipe.keep, jnp.dtype(dtype), params, noise, text, recipe.guidance
+    )
+
+  return trace
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _trace(config, schedule, keep, dtype, params, noise, text, guidance):
+  texts = text.shape[0] // noise.shape[0]
+
+  def flows(x, t, i):
+    both = wan.predict_flow(
+      config, params, guiding.repeat_rows(x, texts), jnp.tile(t, texts), text, dtype=dtype
+    )
+    return (both, both) if texts == 1 else tuple(jnp.split(both, 2))
+
+  return teacher.trace(flows, noise, schedule, guidance, keep)
+
+
+def load_teacher(weights: str | Path, dtype: Any = jnp.bfloat16) -> tuple[WanConfig, wan.Params]:
+  """Architecture and parameters of a transformer; see `pipeline.load`, whose errors are raised."""
+  if str(weights).startswith("random:"):
+    made = pipeline.load(weights, "tiny", dtype)
+    return made.config, made.params
+  loaded = convert.load(weights, "dit", dtype=dtype)
+  return loaded.config, loaded.params
+
+
+def write(
+  folder: str | Path,
+  prompts: Source | Sequence[str],
+  encode: contexts.Encode | None,
+  trace: Trace,
+  recipe: Recipe,
+  *,
+  batch: int = 1,
+  with_context: bool = False,
+  model: str = "",
+  negative: str = "",
+  count: int | None = None,
+  per_shard: int = 0,
+  command: str = "",
+  **options: Any,
+) -> shards.Written:
+  """Writes a trajectory `[s f y x c]`, float16, for each prompt, from noise of its own.
+
+  prompts: strings, or a source of them. encode: makes contexts of prompts; None if the source has
+    them. trace: makes trajectories; see `tracer`.
+  batch: trajectories that are made at once; another one goes on with the same folder.
+  with_context: keeps contexts too. model, negative: what weights were used, and what prompt was led
+    away from; a folder is gone on with by no other. count: of the prompts, the first ones.
+  options: see `shards.write`, whose errors are raised.
+  """
+  source = _source(prompts)
+  count = len(source) if count is None else min(count, len(source))
+  if encode is None and count and "context" not in source[0]:
+    raise DataError("The prompts have no contexts; give a text encoder, or embed them before.")
+  shape = (len(recipe.keep), *recipe.shape)
+  arrays: dict[str, tuple[shards.Shape, str]] = {"trajectory": (shape, "float16")}
+  if with_context and count:
+    arrays["context"] = contexts.context_array(encode or source)
+  made = dataclasses.asdict(recipe)
+  del made["shape"]
+  about = {**made, "times": recipe.times, "prompts": contexts.identity(source), "model": model}
+  plan = shards.Plan(
+    "trajectories", count, arrays, about | {"negative": negative}, per_shard, command
+  )
+
+  def make(start: int, stop: int, reject) -> Iterable[shards.Example]:
+    for numbers in shards.batches(start, stop, batch):
+      numbers, chosen = contexts.readable(source, numbers, reject)
+      if not chosen:
+        continue
+      words = [example["prompt"] for example in chosen]
+      if encode is not None:
+        rows = contexts.encoded(encode, contexts.filled(words, batch))
+      else:
+        rows = _even(contexts.filled([example["context"] for example in chosen], batch))
+      noise = np.stack(contexts.filled([recipe.noise(i) for i in numbers], batch))
+      states = np.asarray(trace(jnp.asarray(noise), jnp.asarray(rows)))
+      for word, row, state in zip(words, rows, states):  # without what fills up the batch
+        context = {"context": contexts.trimmed(row)} if with_context else {}
+        yield {"prompt": word, "trajectory": state, **context}
+
+  return shards.write(folder, plan, make, **options)
+
+
+def _source(prompts: Source | Sequence[str]) -> Source:
+  if isinstance(prompts, str):
+    raise DataError("One string was given as prompts; give a list of them.")
+  is_strings = isinstance(prompts, Sequence) and all(isinstance(p, str) for p in prompts)
+  return Prompts(prompts) if is_strings else prompts  # type: ignore[arg-type, return-value]
+
+
+def _even(rows: list[np.ndarray]) -> np.ndarray:
+  """Contexts as one array, shorter ones filled up with zeros."""
+  most = max(map(len, rows))
+  return np.stack([np.pad(row, ((0, most - len(row)), (0, 0))) for row in rows])
