@@ -170,7 +170,7 @@ def _preset(name: str) -> WanConfig:
 def _random_autoencoder(config: WanConfig, autoencoder: str, dtype: Any) -> Autoencoder:
   kind, network = AUTOENCODERS[autoencoder]
   sizes = (_SMALL if config.dim < 512 else _FULL)[kind]
-  return Autoencoder(kind, sizes, _draw(network.init_params, sizes, dtype), dtype)
+  return Autoencoder(kind, sizes, draw_params(network.init_params, sizes, dtype), dtype)
 
 
 def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
@@ -178,7 +178,7 @@ def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
   variant = "paper" if config.linear else "reference_dense"
   return Pipeline(
     config,
-    _draw(wan.init_params, config, dtype),
+    draw_params(wan.init_params, config, dtype),
     variant,
     RandomText(config),
     _random_autoencoder(config, autoencoder, dtype),
@@ -186,7 +186,7 @@ def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
   )
 
 
-def _draw(init, sizes, dtype):
+def draw_params(init, sizes, dtype):
   """Random weights for a network, none of them without effect, whatever training begins with."""
   shapes = jax.eval_shape(lambda: init(sizes, jax.random.key(0)))
   numbers = itertools.count()

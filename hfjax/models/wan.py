@@ -71,7 +71,9 @@ class Wan(nn.Module):
       rows_text, rows_image = TextEmbedding(c, self.dtype, name="text")(context, image)
       inputs = inputs._replace(text=rows_text, image=rows_image)
 
-    block = nn.remat(layers.Block, prevent_cse=False) if self.remat else layers.Block
+    block = layers.Block
+    if self.remat:
+      block = nn.remat(block, prevent_cse=False, policy=_keep_attention)
     stack = nn.scan(
       block,
       variable_axes={"params": 0},
@@ -91,6 +93,11 @@ class Wan(nn.Module):
       y, "b (f y x) (p q c) -> b f (y p) (x q) c", f=f, y=rows, p=c.patch[0], q=c.patch[1]
     )
     return flow.astype(jnp.float32), kv
+
+
+def _keep_attention(primitive, *_, **parameters) -> bool:
+  """What is not computed again in backward passes: cuDNN's attention, the dearest for its size."""
+  return "dot_product_attention" in primitive.name
 
 
 class TimeEmbedding(nn.Module):

@@ -1,0 +1,443 @@
+"""What is minimised in each stage: networks tied to losses (spec sections 8.3 to 8.9).
+
+An objective is a frozen description; its losses are pure functions of parameters, a batch and a
+key, and return the loss with figures to be logged. All random numbers come from the key: those that
+steer (number of chunks, exit step) are one for the batch, noise is each sample's own (quirk 17).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from hfjax.diffusion.guidance import guide
+from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
+from hfjax.distill import clip, losses, teacher
+from hfjax.distill.rollout import Rollout, StreamStudent, roll_out
+from hfjax.models import causal, wan
+from hfjax.models.presets import WanConfig
+from hfjax.models.vae import VaeConfig
+from hfjax.streaming.config import StreamConfig
+from hfjax.streaming.step import ChunkNoise, draw_noise
+
+Figures = dict[str, Array]
+FORCINGS = ("none", "teacher")
+GUIDANCE_FORMS = ("conditional", "unconditional")
+
+
+class Texts(NamedTuple):
+  """Encoded prompts of a batch, and the negative prompt, all of full length."""
+
+  context: Float[Array, "b t w"]
+  negative: Float[Array, "one t w"]
+
+
+class Frozen(NamedTuple):
+  """Parameters that are given and do not change: teacher, and autoencoder where there is one."""
+
+  teacher: Any
+  vae: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  """Distribution matching with a critic, and reflow (spec sections 8.3 to 8.8).
+
+  stream: of the student. critic, teacher: networks that see whole clips.
+  vae: encodes the first latent of clips anew; None leaves it as it is, for latents of no video.
+  most, last: chunks of a rollout at most, and at its end those that carry gradients.
+  last_step_only: every rollout takes all denoising steps; else how many is drawn.
+  guidance: of the teacher's score, by `guidance_form`: away from the conditional prediction,
+    `c + s (c - u)`, as published (quirk 14), or from the unconditional one, `u + s (c - u)`.
+  critic_guidance: of the critic's, `c + s (c - u)`; 0 for none.
+  lowest, highest: timesteps that scores are compared at.
+  reflow_weight: of regression to the teacher's trajectory in the sum; 0 for none.
+  reflow_steps, reflow_stop, reflow_guidance: of the trajectory: Euler steps, those that are taken
+    before the result is extrapolated (all by default), and `u + s (c - u)` of its flow.
+  reflow_always: reflow trains the first step of every rollout, and else of those that end there.
+  dtype, remat: compute dtype of critic and teacher, and whether blocks are recomputed backwards.
+
+  Quirks of the published code, for parity: renoise_first False (5), noisy_context (12),
+  score_shift, the shift of schedules by which critic and teacher turn flows into latents (11).
+
+  Raises ValueError on combinations that cannot work.
+  """
+
+  stream: StreamConfig
+  critic: WanConfig
+  teacher: WanConfig
+  vae: VaeConfig | None
+  most: int = 18
+  last: int = 7
+  last_step_only: bool = False
+  guidance: float = 3.0
+  guidance_form: str = "conditional"
+  critic_guidance: float = 0.0
+  lowest: float = losses.LOWEST
+  highest: float = losses.HIGHEST
+  reflow_weight: float = 0.0
+  reflow_steps: int = 25
+  reflow_stop: int | None = None
+  reflow_guidance: float = 3.5
+  reflow_always: bool = False
+  dtype: str = "float32"
+  remat: bool = True
+  renoise_first: bool = True
+  noisy_context: bool = False
+  score_shift: float | None = None
+
+  def __post_init__(self):
+    student = self.stream.model
+    for name, network in (("critic", self.critic), ("teacher", self.teacher)):
+      sizes = (network.in_dim, network.out_dim, network.patch, network.text_dim, network.text_len)
+      want = (student.in_dim, student.out_dim, student.patch, student.text_dim, student.text_len)
+      if sizes != want:
+        raise ValueError(
+          f"The {name} takes latents and text of other sizes (channels in and out, patch, text "
+          f"width and length: {sizes}) than the student ({want}); take networks of one family."
+        )
+    if not 1 <= self.last <= self.most:
+      raise ValueError(
+        f"Gradients of {self.last} of {self.most} chunks were asked for; ask for 1 to {self.most}."
+      )
+    if self.guidance_form not in GUIDANCE_FORMS:
+      raise ValueError(
+        f"The form of guidance is {self.guidance_form!r}; choose one of "
+        f"{', '.join(GUIDANCE_FORMS)}."
+      )
+    if not 0 <= self.lowest < self.highest <= TRAIN_TIMESTEPS:
+      raise ValueError(
+        f"Scores would be compared from timestep {self.lowest} to {self.highest}; give two that "
+        f"ascend, from 0 to {TRAIN_TIMESTEPS}."
+      )
+    if self.vae is not None and self.vae.z_dim != student.out_dim:
+      raise ValueError(
+        f"The student makes latents of {student.out_dim} channels, and the autoencoder has "
+        f"{self.vae.z_dim}; bring the two that were trained together."
+      )
+    if self.reflow_weight < 0 or self.reflow_steps < 1:
+      raise ValueError(
+        f"Reflow has a weight of {self.reflow_weight} and {self.reflow_steps} steps; give at least "
+        "0 and 1."
+      )
+    stop = self.reflow_steps if self.reflow_stop is None else self.reflow_stop
+    if not 1 <= stop <= self.reflow_steps:
+      raise ValueError(
+        f"Reflow is to stop after {stop} of {self.reflow_steps} steps; give 1 to "
+        f"{self.reflow_steps}."
+      )
+
+  @property
+  def schedule(self) -> FlowSchedule:
+    """By which all networks' latents are noised."""
+    return self.stream.schedule
+
+  @property
+  def scores(self) -> FlowSchedule:
+    """By which flows of critic and teacher become latents."""
+    return self.schedule if self.score_shift is None else FlowSchedule(self.score_shift)
+
+  def generator_loss(
+    self, params: Any, critic: Any, frozen: Frozen, texts: Texts, key: PRNGKeyArray
+  ) -> tuple[Float[Array, ""], Figures]:
+    """Distribution matching of a rollout's last chunks, plus `reflow_weight` times reflow.
+
+    params: the student's, which alone carry gradients. Figures: both losses, the mean size of the
+    score difference, chunks and exit step.
+    """
+    steering, noise_key, score_key = jax.random.split(key, 3)
+    reflows = self.reflow_weight > 0
+    chunks, exit_step = self.steer(steering)
+    rolled, start = self.roll(params, texts, noise_key, chunks, exit_step, first=reflows)
+    image = self.as_clip(rolled, frozen.vae, chunks)
+    mask = clip.mask_of_clip(chunks, self.stream.geometry.chunk, self.last)
+
+    t, noise = self.draw_score_times(score_key, image)
+    noisy = self.schedule.add_noise(jax.lax.stop_gradient(image), noise, t)
+    fake = self._critic_sees(critic, noisy, t, texts)
+    real = self._teacher_sees(frozen.teacher, noisy, t, texts)
+    direction = losses.score_difference(image, fake, real)
+    matching = losses.matching_loss(image, direction, mask)
+    figures = {
+      "matching_loss": matching,
+      "score_gradient": jnp.abs(direction).mean(),
+      "chunks": chunks,
+      "exit_step": exit_step,
+    }
+    if not reflows:
+      return matching, figures
+    reflow, counted = self._reflow(rolled, frozen.teacher, texts, start, exit_step, mask)
+    # Where reflow did not take part there is nothing to log.
+    figures["reflow_loss"] = jnp.where(counted, reflow, jnp.nan)
+    return matching + self.reflow_weight * jnp.where(counted, reflow, 0), figures
+
+  def critic_loss(
+    self, critic: Any, params: Any, frozen: Frozen, texts: Texts, key: PRNGKeyArray
+  ) -> tuple[Float[Array, ""], Figures]:
+    """Flow matching of the critic on the last chunks of a rollout, all of which count.
+
+    critic: the critic's parameters, which alone carry gradients.
+    """
+    steering, noise_key, score_key = jax.random.split(key, 3)
+    chunks, exit_step = self.steer(steering)
+    fixed = jax.lax.stop_gradient(params)
+    rolled, _ = self.roll(fixed, texts, noise_key, chunks, exit_step)
+    image = jax.lax.stop_gradient(self.as_clip(rolled, frozen.vae, chunks))
+    t, noise = self.draw_score_times(score_key, image)
+    noisy = self.schedule.add_noise(image, noise, t)
+    flow = self._flow(self.critic, critic, noisy, t, texts.context)
+    if self.score_shift is not None:
+      clean = self.scores.x0_from_flow(flow, noisy, t)
+      flow = self.schedule.flow_from_x0(clean, noisy, t)
+    loss = losses.denoising_loss(flow, image, noise)
+    return loss, {"chunks": chunks, "exit_step": exit_step}
+
+  def steer(self, key: PRNGKeyArray) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Chunks of a rollout, and the step it is taken at."""
+    one, two = jax.random.split(key)
+    steps = len(self.stream.steps)
+    first = steps - 1 if self.last_step_only else 0
+    return (
+      jax.random.randint(one, (), self.last, self.most + 1),
+      jax.random.randint(two, (), first, steps),
+    )
+
+  def roll(
+    self,
+    params: Any,
+    texts: Texts,
+    key: PRNGKeyArray,
+    chunks: Int[Array, ""],
+    exit_step: Int[Array, ""],
+    first: bool = False,
+  ) -> tuple[Rollout, Float[Array, "b f y x c"]]:
+    """A rollout of the student, and the noise that its last chunks start from.
+
+    first: whether reflow needs predictions of the first step.
+    """
+    config, batch = self.stream, texts.context.shape[0]
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+
+    def noise(number: Int[Array, ""]) -> ChunkNoise:
+      return draw_noise(config, keys, jnp.broadcast_to(number, (batch,)))
+
+    def noisy(x0, number):
+      # Behind the draws of the chunk itself.
+      drawn = jax.random.fold_in(jax.random.fold_in(key, number), batch)
+      t = jnp.full((batch,), config.context_timestep, jnp.float32)
+      return self.schedule.add_noise(x0, jax.random.normal(drawn, x0.shape), t)
+
+    rolled = roll_out(
+      StreamStudent(config, texts.context), params, noise, exit_step, chunks,
+      most=self.most, last=self.last, first=first and self.reflow_always,
+      renoise_first=self.renoise_first, context=noisy if self.noisy_context else None,
+    )  # fmt: skip
+    starts = [noise(chunks - self.last + i).start for i in range(self.last)] if first else []
+    return rolled, jnp.concatenate(starts, axis=1) if starts else rolled.latents
+
+  def as_clip(
+    self, rolled: Rollout, vae_params: Any, chunks: Int[Array, ""]
+  ) -> Float[Array, "b f y x c"]:
+    """The last chunks as a clip of their own, float32."""
+    latents = rolled.latents.astype(jnp.float32)
+    if self.vae is None:
+      return latents
+    chunk, dtype = self.stream.geometry.chunk, self.stream.compute_dtype
+    first = clip.first_of_clip(self.vae, vae_params, rolled.all, chunks, chunk, self.last, dtype)
+    return clip.as_clip(latents, first)
+
+  def draw_score_times(
+    self, key: PRNGKeyArray, image: Float[Array, "b f y x c"]
+  ) -> tuple[Float[Array, "b"], Float[Array, "b f y x c"]]:
+    """Timesteps that scores are compared at, one for each sample, and noise of the clip."""
+    one, two = jax.random.split(key)
+    raw = jax.random.randint(one, image.shape[:1], 0, TRAIN_TIMESTEPS)
+    t = losses.score_times(raw, self.stream.shift, self.lowest, self.highest)
+    return t, jax.random.normal(two, image.shape)
+
+  def _flow(self, config, params, x, t, context):
+    return wan.predict_flow(
+      config, params, x, t, context, dtype=jnp.dtype(self.dtype), remat=self.remat
+    )
+
+  def both_flows(self, config, params, x, t, texts: Texts):
+    """Flows under the prompts and under the negative one, by one forward of twice the batch.
+
+    No gradient flows.
+    """
+    negative = jnp.broadcast_to(texts.negative, texts.context.shape)
+    context = jnp.concatenate([texts.context, negative])
+    flow = self._flow(config, params, jnp.concatenate([x, x]), jnp.concatenate([t, t]), context)
+    return jnp.split(jax.lax.stop_gradient(flow), 2)
+
+  def _critic_sees(self, params, noisy, t, texts: Texts):
+    """Clean images that the critic sees in noisy ones; no gradient."""
+    params = jax.lax.stop_gradient(params)
+    if not self.critic_guidance:
+      flow = self._flow(self.critic, params, noisy, t, texts.context)
+      return jax.lax.stop_gradient(self.scores.x0_from_flow(flow, noisy, t))
+    both = self.both_flows(self.critic, params, noisy, t, texts)
+    with_text, without = (self.scores.x0_from_flow(flow, noisy, t) for flow in both)
+    return losses.extrapolate(with_text, without, self.critic_guidance)
+
+  def _teacher_sees(self, params, noisy, t, texts: Texts):
+    """Clean images that the guided teacher sees in noisy ones; no gradient."""
+    both = self.both_flows(self.teacher, params, noisy, t, texts)
+    with_text, without = (self.scores.x0_from_flow(flow, noisy, t) for flow in both)
+    form = losses.extrapolate if self.guidance_form == "conditional" else guide
+    return form(with_text, without, self.guidance)
+
+  def _reflow(self, rolled: Rollout, params, texts: Texts, start, exit_step, mask):
+    """Distance of the first step's predictions from the teacher's trajectory, and if it counts."""
+    predicted = rolled.latents if rolled.first is None else rolled.first
+    counts = jnp.bool_(True) if self.reflow_always else exit_step == 0
+    steps = FlowSchedule(self.stream.shift, self.reflow_steps)
+    flows = lambda x, t, i: self.both_flows(self.teacher, params, x, t, texts)
+
+    def solve():
+      return teacher.solve(flows, start, steps, self.reflow_guidance, self.reflow_stop, self.scores)
+
+    def nothing():
+      return jnp.zeros(start.shape, jnp.float32)
+
+    # The teacher's many steps are taken only where they count.
+    target = solve() if self.reflow_always else jax.lax.cond(counts, solve, nothing)
+    return losses.regression_loss(predicted, target, mask), counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+  """Causal regression on a teacher's trajectories, so that few steps suffice (spec section 8.9).
+
+  stream: of the student, whose model, chunk, denoising steps and dtype are used; attention is dense
+    and causal over all frames.
+  first_clean: the first frame is given, clean and a chunk of its own (image conditioning).
+  """
+
+  stream: StreamConfig
+  first_clean: bool = False
+
+  def loss(
+    self, params: Any, trajectory: Float[Array, "b s f y x c"], texts: Texts, key: PRNGKeyArray
+  ) -> tuple[Float[Array, ""], Figures]:
+    """`mean (x0(x_s, t_s) - x_end)^2`, s drawn for each chunk, over frames that are not clean.
+
+    trajectory: a state for each denoising step, and at the end the clean latents.
+    Figures: the loss of each denoising step.
+
+    Raises ValueError on trajectories of another number of states.
+    """
+    c, steps = self.stream, len(self.stream.steps)
+    b, states, frames = trajectory.shape[:3]
+    if states != steps + 1:
+      raise ValueError(
+        f"The trajectories hold {states} states, and {steps} denoising steps need {steps + 1}, the "
+        "clean latents at the end; make them anew for these steps."
+      )
+    index = self._draw_steps(key, b, frames)
+    rows = jnp.arange(b)[:, None]
+    x = trajectory[rows, index, jnp.arange(frames)].astype(jnp.float32)
+    clean = trajectory[:, -1]
+    t = jnp.asarray((*c.timesteps, 0.0), jnp.float32)[index]
+    plan = causal.block_causal(frames, c.geometry.chunk, first_alone=self.first_clean)
+    flow = wan.predict_flow(
+      c.model, params, x, t, texts.context, plan=plan, dtype=c.compute_dtype, remat=c.remat
+    )
+    sigma = jnp.asarray(c.sigmas, jnp.float32)[index].reshape(b, frames, 1, 1, 1)
+    predicted = x - sigma * flow
+    counts = (index < steps).reshape(sigma.shape)
+    each = [
+      losses.regression_loss(predicted, clean, (index == i).reshape(sigma.shape))
+      for i in range(steps)
+    ]
+    drawn = [jnp.any(index == i) for i in range(steps)]
+    figures = {
+      f"loss_step{i}": jnp.where(there, x, jnp.nan)
+      for i, (x, there) in enumerate(zip(each, drawn, strict=True))
+    }
+    return losses.regression_loss(predicted, clean, counts), figures
+
+  def _draw_steps(self, key, batch: int, frames: int) -> Int[Array, "b f"]:
+    """A denoising step for each frame, one for each chunk; behind the last for clean frames."""
+    steps = len(self.stream.steps)
+    spans = causal.chunk_spans(frames, self.stream.geometry.chunk, self.first_clean)
+    drawn = jax.random.randint(key, (batch, len(spans)), 0, steps)
+    if self.first_clean:
+      drawn = drawn.at[:, 0].set(steps)
+    lengths = jnp.array([stop - start for start, stop in spans])
+    return jnp.repeat(drawn, lengths, axis=1, total_repeat_length=frames)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+  """Flow matching of undistilled models on latents (spec section 8.9).
+
+  model: the network; without forcing it sees whole clips.
+  shift: of the schedule that timesteps are drawn from.
+  weighted: losses have the schedule's training weights.
+  drop_text: share of samples that are trained under the negative prompt, for guidance.
+  forcing: "teacher" trains a causal model in chunks, each of which sees the clean ones before it
+    and has a timestep of its own.
+  chunk: frames of a chunk, with forcing. context_noise: clean ones are noised up to this timestep.
+  dtype, remat: compute dtype, and whether blocks are recomputed in the backward pass.
+
+  Raises ValueError on values out of range.
+  """
+
+  model: WanConfig
+  shift: float = 5.0
+  weighted: bool = True
+  drop_text: float = 0.1
+  forcing: str = "none"
+  chunk: int = 3
+  context_noise: float = 0.0
+  dtype: str = "float32"
+  remat: bool = True
+
+  def __post_init__(self):
+    if self.forcing not in FORCINGS:
+      raise ValueError(f"The forcing is {self.forcing!r}; choose one of {', '.join(FORCINGS)}.")
+    if not 0 <= self.drop_text <= 1:
+      raise ValueError(f"The share of dropped texts is {self.drop_text}; give 0 to 1.")
+    if not 0 <= self.context_noise <= TRAIN_TIMESTEPS:
+      raise ValueError(
+        f"The context's noise reaches to timestep {self.context_noise}; give 0 (none) to "
+        f"{TRAIN_TIMESTEPS}."
+      )
+    if self.model.in_dim != self.model.out_dim or self.model.image_dim:
+      raise ValueError("Flow matching trains text-to-video models, and this one takes images.")
+
+  def loss(
+    self, params: Any, latents: Float[Array, "b f y x c"], texts: Texts, key: PRNGKeyArray
+  ) -> tuple[Float[Array, ""], Figures]:
+    """`mean w(t) (flow(x_t, t) - (noise - x0))^2`."""
+    b, frames = latents.shape[:2]
+    keys = jax.random.split(key, 4)
+    table = FlowSchedule(self.shift)
+    latents = latents.astype(jnp.float32)
+    noise = jax.random.normal(keys[0], latents.shape)
+    dropped = jax.random.bernoulli(keys[1], self.drop_text, (b, 1, 1))
+    context = jnp.where(dropped, texts.negative, texts.context)
+    options: dict[str, Any] = {}
+    if self.forcing == "none":
+      raw = jax.random.randint(keys[2], (b,), 0, TRAIN_TIMESTEPS)
+      t = jnp.asarray(table.timesteps)[raw]
+    else:
+      spans = causal.chunk_spans(frames, self.chunk)
+      raw = jax.random.randint(keys[2], (b, len(spans)), 0, TRAIN_TIMESTEPS)
+      t = jnp.repeat(jnp.asarray(table.timesteps)[raw], self.chunk, axis=1)
+      options = {"plan": causal.teacher_forcing(frames, self.chunk), "clean": latents}
+      if self.context_noise:
+        clean_t = self.context_noise * jax.random.uniform(keys[3], (b, frames // self.chunk))
+        clean_t = jnp.repeat(clean_t, self.chunk, axis=1)
+        share = (clean_t / TRAIN_TIMESTEPS).reshape(b, frames, 1, 1, 1)
+        options |= {"clean": (1 - share) * latents + share * noise, "clean_t": clean_t}
+    x = table.add_noise(latents, noise, t)
+    flow = wan.predict_flow(
+      self.model, params, x, t, context, dtype=jnp.dtype(self.dtype), remat=self.remat, **options
+    )
+    weight = table.training_weight(t) if self.weighted else None
+    loss = losses.denoising_loss(flow, latents, noise, weight)
+    return loss, {"unweighted_loss": losses.denoising_loss(flow, latents, noise)}
