@@ -1,0 +1,1 @@
+"""How students are trained: config, updates, checkpoints, metrics."""
