@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ from hfjax.streaming.pixels import Autoencoder
 AUTOENCODERS = {"full": ("vae", vae), "tiny": ("taehv", taehv)}
 
 
+class EncodesText(Protocol):
+  """Prompts to text contexts `[b t w]`, float32; `surplus` is how many tokens are cut off."""
+
+  def __call__(self, prompts: Sequence[str]) -> Array: ...
+
+  def surplus(self, prompt: str) -> int: ...
+
+
 class Pipeline(NamedTuple):
   """A video model with all that is around it.
 
@@ -34,7 +42,7 @@ class Pipeline(NamedTuple):
   config: WanConfig
   params: wan.Params
   variant: str | None
-  encode: "TextEncoder | RandomText"
+  encode: EncodesText
   autoencoder: Autoencoder
   preset: str = "hybrid"
 
@@ -80,10 +88,10 @@ class RandomText:
   """Stands for a text encoder: rows of noise that depend on the prompt alone, one for each word."""
 
   def __init__(self, config: WanConfig):
-    self.config = config
+    self.model = config
 
   def __call__(self, prompts: Sequence[str]) -> Float[Array, "b t w"]:
-    rows = np.zeros((len(prompts), self.config.text_len, self.config.text_dim), np.float32)
+    rows = np.zeros((len(prompts), self.model.text_len, self.model.text_dim), np.float32)
     for row, prompt in zip(rows, prompts, strict=True):
       words = text.clean(prompt).split()[: len(row)]
       for place, word in enumerate(words):
@@ -93,7 +101,7 @@ class RandomText:
 
   def surplus(self, prompt: str) -> int:
     """Words that are cut off."""
-    return max(0, len(text.clean(prompt).split()) - self.config.text_len)
+    return max(0, len(text.clean(prompt).split()) - self.model.text_len)
 
 
 def load(path_or_hub_id: str | Path, autoencoder: str = "full", dtype: Any = None) -> Pipeline:
@@ -129,7 +137,7 @@ def load_autoencoder(
   dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
   name = str(path_or_hub_id)
   if name.startswith("random:"):
-    return _random_autoencoder(_preset(name.removeprefix("random:")), autoencoder, dtype)
+    return _random_autoencoder(named_preset(name.removeprefix("random:")), autoencoder, dtype)
   kind, _ = AUTOENCODERS[autoencoder]
   loaded = convert.load(path_or_hub_id, kind, dtype=dtype)
   return Autoencoder(kind, loaded.config, loaded.params, dtype)
@@ -158,13 +166,20 @@ _SMALL = {
 _FULL = {"vae": vae.WAN21, "taehv": taehv.TAEHV}
 
 
-def _preset(name: str) -> WanConfig:
+def named_preset(name: str) -> WanConfig:
+  """Architecture by a name of `PRESETS`, with or without its dashes; CheckpointError otherwise."""
   known = {_plain(preset): preset for preset in PRESETS}
   if _plain(name) not in known:
     raise convert.CheckpointError(
       f"There is no model {name!r} to draw weights for; choose one of {', '.join(PRESETS)}."
     )
   return PRESETS[known[_plain(name)]]
+
+
+def named_vae(name: str) -> vae.VaeConfig:
+  """Architecture of the full autoencoder that goes with a named transformer."""
+  sizes: Any = _SMALL if named_preset(name).dim < 512 else _FULL
+  return sizes["vae"]
 
 
 def _random_autoencoder(config: WanConfig, autoencoder: str, dtype: Any) -> Autoencoder:
@@ -174,7 +189,7 @@ def _random_autoencoder(config: WanConfig, autoencoder: str, dtype: Any) -> Auto
 
 
 def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
-  config = _preset(name)
+  config = named_preset(name)
   variant = "paper" if config.linear else "reference_dense"
   return Pipeline(
     config,

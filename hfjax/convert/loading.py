@@ -37,6 +37,7 @@ def load(
   sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
   dtype: Any = None,
   verify: bool = False,
+  averaged: bool = False,
 ) -> Loaded:
   """One model of a local folder or file, or of a repository of the Hugging Face Hub.
 
@@ -49,7 +50,8 @@ def load(
   sharding: where an array goes, from its path ("blocks/ffn_in/kernel") and shape; the first device
     by default. dtype: of the parameters, "bf16" as in the converter or any that weights have; as
     stored by default. verify: hold the files of an hfjax folder against the hashes that it records,
-    which reads them once more.
+    which reads them once more. averaged: take moving averages of weights, of runs and of trainers'
+    files.
 
   Warns of what was assumed or left out in other formats and in old folders, as the converter says
   it.
@@ -61,7 +63,7 @@ def load(
   place = sharding or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   dtype = _dtype(dtype)
   folder = None if runs.is_run(path) else stored.hfjax_models(path).get(model)
-  if folder:
+  if folder and not averaged:
     if verify:
       stored.verify(folder)
     kind, config, info = stored.read_config(folder)
@@ -77,7 +79,7 @@ def load(
       f"{path} is no hfjax folder with a {model}, so there are no hashes to verify; leave verify "
       "out, or convert it with tools/convert_checkpoint.py."
     )
-  part = checkpoint.open_parts(path, model)[0]
+  part = checkpoint.open_parts(path, model, averaged=averaged)[0]
   for note in part.notes:
     warnings.warn(source.printable(note), stacklevel=2)
   rows, _ = checkpoint.entries(part, "hfjax", None)

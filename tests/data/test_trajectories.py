@@ -184,7 +184,7 @@ def test_fingerprints_tell_weights_apart():
 
 def test_only_the_text_encoder_is_loaded(tmp_path, monkeypatch):
   encode = contexts.text_encoder("random:tiny")
-  assert encode.config == PRESETS["tiny"]
+  assert encode.model == PRESETS["tiny"]
   with pytest.raises(CheckpointError, match="Unknown model 'none'"):
     contexts.text_encoder("random:none")
   folder = tmp_path / "umt5"

@@ -1,0 +1,161 @@
+"""Batches of a stage, from its data to the devices."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hfjax.data import loading, made, sources, trajectories
+from hfjax.data.rejects import DataError
+from hfjax.training.plan import Plan
+from hfjax.training.progress import Progress
+from hfjax.training.stages import ARRAYS, Batch, put, put_negative
+from hfjax.training.weights import Encoder, load_teacher
+
+_KINDS = {"flow": "videos", "ode": "trajectories", "dmd": "prompts", "hybrid": "prompts"}
+
+
+class Feed:
+  """Batches without end, as `Stage.step` fetches them; see `hfjax.data.loading.batches`.
+
+  rejected: examples that were left out so far.
+  """
+
+  def __init__(self, plan: Plan, encode: Encoder, workdir: Path, say, quiet: bool = False):
+    """Raises DataError if there are no data, or other ones than the stage needs."""
+    self.plan, self.encode = plan, encode
+    c, processes = plan.config, jax.process_count()
+    if c.batch % processes:
+      raise DataError(
+        f"A batch of {c.batch} does not divide among {processes} processes; make it a multiple."
+      )
+    self.source = _open(plan, encode, workdir, say, quiet)
+    self._told = 0
+    self._say = say
+    self._batches = loading.batches(
+      self.source, c.batch // processes, c.seed, process_index=jax.process_index(),
+      process_count=processes, prefetch=c.data.prefetch, text_len=plan.student.text_len,
+    )  # fmt: skip
+    encode.remember([c.text.negative])
+    self.negative = put_negative(plan, encode([c.text.negative]))
+
+  def __call__(self) -> Batch:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # told by `_tell`
+      raw = next(self._batches)
+    self._tell()
+    context = raw.get("context")
+    if context is None:
+      context = self.encode(raw["prompt"])
+    elif context.shape[-1] != self.plan.student.text_dim:
+      raise DataError(
+        f"The contexts of the data are {context.shape[-1]} wide, and the student takes "
+        f"{self.plan.student.text_dim}; embed the prompts with the text encoder of the student."
+      )
+    name = ARRAYS.get(self.plan.stage)
+    arrays = {} if name is None else {name: raw[name]}
+    return put(self.plan, arrays, np.asarray(context), self.negative)
+
+  @property
+  def has_contexts(self) -> bool:
+    """Whether prompts of the data need no text encoder."""
+    return "context" in self.source[0]
+
+  @property
+  def rejected(self) -> int:
+    """Examples that were left out so far."""
+    rejects = getattr(self.source, "rejects", None)
+    return 0 if rejects is None else rejects.count
+
+  def _tell(self):
+    rejects = getattr(self.source, "rejects", None)
+    if rejects is not None and len(rejects.first) > self._told:
+      for sentence in rejects.first[self._told :]:
+        self._say(f"{sentence} It is left out ({rejects.count} so far).")
+      self._told = len(rejects.first)
+
+  def state(self) -> list[dict[str, Any]]:
+    """Where each process's next batch lies; JSON-able."""
+    return [json.loads(text) for text in _gather(json.dumps(self._batches.get_state()))]
+
+  def restore(self, states: list[dict[str, Any]]):
+    """Goes on there; with another number of processes, or other data, they begin anew."""
+    try:
+      if len(states) != jax.process_count():
+        raise DataError(f"There were {len(states)} processes, and now {jax.process_count()}.")
+      self._batches.set_state(states[jax.process_index()])
+    except DataError as e:
+      self._say(f"The data begin anew: {e}")
+
+
+def _gather(text: str) -> list[str]:
+  """What each process has, in their order."""
+  if jax.process_count() == 1:
+    return [text]
+  data = np.frombuffer(text.encode(), np.uint8)
+  lengths = np.asarray(multihost_utils.process_allgather(np.array([data.size]))).ravel()
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[: data.size] = data
+  rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+  return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
+
+
+def _open(plan: Plan, encode: Encoder, workdir: Path, say, quiet: bool) -> Any:
+  c = plan.config
+  if c.data.path == "made":
+    prompts = (made.made_prompts() * -(-c.data.made // len(made.made_prompts())))[: c.data.made]
+    if plan.stage == "flow":
+      return made.made_latents(*plan.latent_shape, count=c.data.made, seed=c.seed)
+    if plan.distills:
+      return sources.Prompts(prompts)
+    path = _make_trajectories(plan, encode, workdir, prompts, say, quiet)
+  else:
+    path = Path(c.data.path)
+  expect: dict[str, Any] = {}
+  if plan.stage == "flow":
+    expect = {"latents": plan.latent_shape}
+  elif plan.stage == "ode":
+    expect = {"trajectory": (len(plan.stream.steps) + 1, *plan.latent_shape)}
+  source = loading.open_source(_KINDS[plan.stage], path, on_bad=c.data.on_bad, expect=expect)
+  if plan.stage == "ode":
+    _check_times(plan, path, getattr(source, "about", {}))
+  return source
+
+
+def _check_times(plan: Plan, path: Path, about: dict[str, Any]):
+  have, want = about.get("times"), [*plan.stream.timesteps, 0.0]
+  if have is not None and not np.allclose(have, want, rtol=0, atol=0.01):
+    raise DataError(
+      f"The trajectories in {path} are at the timesteps {[round(t, 2) for t in have]}, and the "
+      f"student's are {[round(t, 2) for t in want]}; make them with the same steps and shift."
+    )
+
+
+def _make_trajectories(plan: Plan, encode: Encoder, workdir: Path, prompts, say, quiet) -> Path:
+  """A few trajectories of the teacher, in the run's own folder."""
+  c, folder = plan.config, workdir / "trajectories"
+  if jax.process_count() > 1:
+    raise DataError(
+      "Trajectories cannot be made on the spot by several processes; make them with "
+      "tools/make_trajectories.py, and give their folder as data.path."
+    )
+  recipe = trajectories.Recipe(
+    plan.latent_shape, plan.stream.steps, c.data.teacher_steps, c.denoising.shift, seed=c.seed
+  )
+  teacher = plan.teacher
+  assert teacher is not None
+  with Progress(len(prompts), quiet=quiet, warmup=1) as bar:
+    trace = trajectories.tracer(
+      teacher, load_teacher(plan), recipe, encode([c.text.negative]), plan.stream.compute_dtype
+    )
+    trajectories.write(
+      folder, prompts, encode, trace, recipe, batch=min(4, len(prompts)),
+      model=c.teacher.weights, negative=c.text.negative,
+      progress=lambda done, total: bar.update(done, {}),
+    )  # fmt: skip
+  say(f"Trajectories of the teacher are in {folder}.")
+  return folder

@@ -1,0 +1,256 @@
+"""What a config comes to before any weights are there: networks, objectives, optimizers, mesh."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from hfjax import convert, parallel, pipeline
+from hfjax.convert import checkpoint
+from hfjax.distill.objectives import Distillation, FlowMatching, Regression
+from hfjax.models import wan
+from hfjax.models.geometry import Geometry
+from hfjax.models.presets import WanConfig
+from hfjax.models.vae import VaeConfig
+from hfjax.streaming.config import StreamConfig
+from hfjax.training import lora
+from hfjax.training.config import ConfigError
+from hfjax.training.defaults import STAGES
+from hfjax.training.optimizers import OptimizerConfig
+from hfjax.training.update import Average, Part, init_part
+
+RANDOM = "random:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Low:
+  """Low-rank adapters that are trained in place of the student; see `training.lora`."""
+
+  rank: int
+  alpha: float
+  targets: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A config, checked, as the objects that training is made of.
+
+  student, critic, teacher, vae: architectures, None where the stage has none.
+  objective: of the stage. samples: of a microbatch.
+  """
+
+  config: FrozenConfigDict
+  mesh: Mesh
+  student: WanConfig
+  stream: StreamConfig
+  objective: Distillation | FlowMatching | Regression
+  optimizer: OptimizerConfig
+  average: Average | None
+  critic: WanConfig | None = None
+  critic_optimizer: OptimizerConfig | None = None
+  teacher: WanConfig | None = None
+  vae: VaeConfig | None = None
+  low: Low | None = None
+
+  @property
+  def stage(self) -> str:
+    """One of `STAGES`."""
+    return self.config.stage
+
+  @property
+  def distills(self) -> bool:
+    """Whether there are a critic and a teacher."""
+    return isinstance(self.objective, Distillation)
+
+  @property
+  def causal(self) -> bool:
+    """Whether the student is sampled as a stream."""
+    return not isinstance(self.objective, FlowMatching) or self.objective.forcing != "none"
+
+  @property
+  def frames(self) -> int:
+    """Latent frames of training clips."""
+    c = self.config
+    if isinstance(self.objective, Distillation):
+      return self.objective.last * self.stream.geometry.chunk
+    return c.flow.frames if self.stage == "flow" else c.ode.frames
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int, int]:
+    """Of training clips: frames, rows, columns, channels."""
+    g = self.stream.geometry
+    return (self.frames, g.height, g.width, self.student.out_dim)
+
+  def updates(self, part: str) -> int:
+    """Updates of "student" or "critic" in all of training."""
+    every = self.config.distill.generator_every if self.distills and part == "student" else 1
+    return -(-self.config.steps // every)
+
+  def optimizer_of(self, part: str):
+    """The transformation of gradients of "student" or "critic"."""
+    chosen = self.critic_optimizer if part == "critic" else self.optimizer
+    assert chosen is not None
+    return chosen.make(self.updates(part))
+
+  def average_of(self, part: str) -> Average | None:
+    """Only the student's weights are averaged."""
+    return self.average if part == "student" else None
+
+  def shapes(self, network: WanConfig, dtype: Any = jnp.float32) -> Any:
+    """Of a transformer's parameters, with shardings."""
+    tree = jax.eval_shape(functools.partial(wan.init_params, network), jax.random.key(0))
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+    return parallel.abstract(self.mesh, tree)
+
+  def trained_shapes(self, part: str) -> Any:
+    """Of what is trained of "student" or "critic": parameters, or adapters."""
+    network = self.critic if part == "critic" else self.student
+    assert network is not None
+    params = self.shapes(network)
+    if part == "critic" or self.low is None:
+      return params
+    low = self.low
+    make = lambda: lora.init(params, jax.random.key(0), low.rank, low.targets)
+    return parallel.abstract(self.mesh, jax.eval_shape(make))
+
+  def part_shapes(self, part: str) -> Part:
+    """Of all that an update of "student" or "critic" changes, with shardings."""
+    make = functools.partial(
+      init_part, optimizer=self.optimizer_of(part), average=self.average_of(part)
+    )
+    return parallel.abstract(self.mesh, jax.eval_shape(make, self.trained_shapes(part)))
+
+  @property
+  def parts(self) -> tuple[str, ...]:
+    """Networks that are trained."""
+    return ("student", "critic") if self.distills else ("student",)
+
+
+def make_plan(config: FrozenConfigDict) -> Plan:
+  """Checks a config and everything that follows from it.
+
+  Raises ConfigError on values that cannot work, CheckpointError on weights that are not there.
+  """
+  try:
+    return _make_plan(config)
+  except convert.CheckpointError:
+    raise
+  except ConfigError:
+    raise
+  except ValueError as e:
+    raise ConfigError(str(e)) from e
+
+
+def _make_plan(c: FrozenConfigDict) -> Plan:
+  if c.stage not in STAGES:
+    raise ConfigError(f"The stage is {c.stage!r}; choose one of {', '.join(STAGES)}.")
+  for name in ("steps", "batch", "accumulate", "most_skipped"):
+    if c[name] < 1:
+      raise ConfigError(f"{name} is {c[name]}; it must be at least 1.")
+  for group, name in (("checkpoint", "every"), ("log", "every"), ("data", "made")):
+    if c[group][name] < 1:
+      raise ConfigError(f"{group}.{name} is {c[group][name]}; it must be at least 1.")
+  if c.text.device not in ("default", "cpu"):
+    raise ConfigError(f"text.device is {c.text.device!r}; choose default or cpu.")
+  if c.data.on_bad not in ("skip", "fail"):
+    raise ConfigError(f"data.on_bad is {c.data.on_bad!r}; choose skip or fail.")
+  if c.batch % c.accumulate:
+    raise ConfigError(
+      f"A batch of {c.batch} does not divide into {c.accumulate} parts; make batch a multiple of "
+      "accumulate."
+    )
+  mesh = parallel.make_mesh(c.compute.fsdp)
+  parallel.check_batch(mesh, c.batch // c.accumulate)
+  student = dataclasses.replace(architecture(c.init or c.student.weights), linear=c.student.linear)
+  stream = StreamConfig(
+    student, Geometry(patch=student.patch, **dict(c.geometry)), remat=c.compute.remat,
+    dtype=c.compute.dtype, backend=c.compute.backend, **dict(c.denoising),
+  )  # fmt: skip
+  autoencoder = vae_architecture(c.vae.weights)
+  average = None
+  if c.ema.decay:
+    every = c.distill.generator_every if c.stage in ("dmd", "hybrid") else 1
+    average = Average(c.ema.decay, -(-c.ema.start // every))
+  low = None
+  if c.lora.rank:
+    low = Low(c.lora.rank, float(c.lora.alpha or c.lora.rank), tuple(c.lora.targets))
+  common: dict[str, Any] = {
+    "config": c, "mesh": mesh, "student": student, "stream": stream, "average": average,
+    "vae": autoencoder, "optimizer": OptimizerConfig(**dict(c.optimizer)), "low": low,
+  }  # fmt: skip
+  if c.stage == "flow":
+    f, g = c.flow, stream.geometry
+    objective: Any = FlowMatching(
+      student, f.shift, f.weighted, f.drop_text, f.forcing, g.chunk, f.context_noise,
+      c.compute.dtype, c.compute.remat,
+    )  # fmt: skip
+    if f.frames < 1 or (f.forcing != "none" and f.frames % g.chunk):
+      raise ConfigError(
+        f"flow.frames is {f.frames}; give at least 1, and with teacher forcing a multiple of the "
+        f"chunk of {g.chunk}."
+      )
+    return _checked(Plan(objective=objective, **common))
+  if c.stage == "ode":
+    alone = int(c.ode.first_clean)
+    if c.ode.frames <= alone or (c.ode.frames - alone) % stream.geometry.chunk:
+      raise ConfigError(
+        f"ode.frames is {c.ode.frames}; give a multiple of the chunk of {stream.geometry.chunk}"
+        f"{', plus 1 for the clean frame' if alone else ''}."
+      )
+    teacher = architecture(c.teacher.weights) if c.data.path == "made" else None
+    return _checked(
+      Plan(objective=Regression(stream, c.ode.first_clean), teacher=teacher, **common)
+    )
+  critic, teacher = architecture(c.critic.weights), architecture(c.teacher.weights)
+  options = {k: v for k, v in c.distill.items() if k != "generator_every"}
+  options["reflow_stop"] = options["reflow_stop"] or None
+  options["score_shift"] = options["score_shift"] or None
+  if c.distill.generator_every < 1:
+    raise ConfigError(
+      f"distill.generator_every is {c.distill.generator_every}; it must be at least 1."
+    )
+  objective = Distillation(
+    stream, dataclasses.replace(critic, linear=False), dataclasses.replace(teacher, linear=False),
+    autoencoder, dtype=c.compute.dtype, remat=c.compute.remat, **options,
+  )  # fmt: skip
+  return _checked(Plan(
+    objective=objective, critic=objective.critic, teacher=objective.teacher,
+    critic_optimizer=OptimizerConfig(**dict(c.critic_optimizer)), **common,
+  ))  # fmt: skip
+
+
+def _checked(plan: Plan) -> Plan:
+  c = plan.config
+  if plan.vae is not None and plan.vae.z_dim != plan.student.out_dim:
+    raise ConfigError(
+      f"The student makes latents of {plan.student.out_dim} channels, and the autoencoder in "
+      f"{c.vae.weights} has {plan.vae.z_dim}; bring the two that were trained together."
+    )
+  if c.validation.every < 0 or c.validation.frames < 1 or c.validation.fps < 1:
+    raise ConfigError(
+      "validation.every must be at least 0, validation.frames and validation.fps at least 1; they "
+      f"are {c.validation.every}, {c.validation.frames} and {c.validation.fps}."
+    )
+  for part in plan.parts:
+    plan.part_shapes(part)  # finds targets of adapters that the model lacks
+  return plan
+
+
+def architecture(weights: str) -> WanConfig:
+  """Of the transformer in a folder of weights, or of random ones; CheckpointError without one."""
+  if weights.startswith(RANDOM):
+    return pipeline.named_preset(weights.removeprefix(RANDOM))
+  return checkpoint.open_parts(convert.locate(weights), "dit")[0].config
+
+
+def vae_architecture(weights: str) -> VaeConfig | None:
+  """Of the autoencoder; None where there shall be none."""
+  if weights == "none":
+    return None
+  if weights.startswith(RANDOM):
+    return pipeline.named_vae(weights.removeprefix(RANDOM))
+  return checkpoint.open_parts(convert.locate(weights), "vae")[0].config

@@ -1,0 +1,128 @@
+"""Where training's networks come from: loaded or made where they shall lie."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hfjax import convert, parallel, pipeline
+from hfjax.data import contexts
+from hfjax.models import vae, wan
+from hfjax.models.presets import WanConfig
+from hfjax.streaming.pixels import Autoencoder
+from hfjax.training import lora
+from hfjax.training.plan import RANDOM, Plan
+
+_LINEAR = "linear_proj"
+
+
+def load_trained(plan: Plan, part: str) -> Any:
+  """Parameters of "student" or "critic" to begin with, float32.
+
+  Random ones are those that training from scratch begins with. A projection of the linear branch
+  that weights lack is zero, so that nothing changes at first (quirk 3); one that shall not be there
+  is left out.
+  """
+  c = plan.config
+  if part == "critic":
+    assert plan.critic is not None
+    network, weights, averaged = plan.critic, c.critic.weights, False
+  else:
+    network, weights, averaged = plan.student, c.init or c.student.weights, c.init_ema
+  if weights.startswith(RANDOM):
+    key = jax.random.fold_in(jax.random.key(c.seed), ("student", "critic").index(part))
+    return parallel.create(functools.partial(wan.init_params, network), plan.mesh, key)
+  place = parallel.placing(plan.mesh)
+  loaded = convert.load(weights, "dit", place, "float32", averaged=averaged)
+  return fit(loaded.params, plan.shapes(network))
+
+
+def fit(params: dict[str, Any], like: Any) -> dict[str, Any]:
+  """Parameters with or without the linear branch's projection, as `like` has it."""
+  attention = dict(params["blocks"]["self_attn"])
+  want = like["blocks"]["self_attn"].get(_LINEAR)
+  attention.pop(_LINEAR, None) if want is None else None
+  if want is not None and _LINEAR not in attention:
+    make = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
+    attention[_LINEAR] = jax.tree.map(make, want)
+  return {**params, "blocks": {**params["blocks"], "self_attn": attention}}
+
+
+def load_teacher(plan: Plan) -> Any:
+  """The teacher's parameters; random ones are drawn such that none is without effect."""
+  assert plan.teacher is not None
+  weights, dtype = plan.config.teacher.weights, jnp.dtype(plan.config.teacher.dtype)
+  if weights.startswith(RANDOM):
+    params = pipeline.draw_params(wan.init_params, plan.teacher, dtype)
+    return jax.device_put(params, parallel.shardings(plan.mesh, params))
+  loaded = convert.load(weights, "dit", parallel.placing(plan.mesh), dtype)
+  return fit(loaded.params, plan.shapes(plan.teacher, dtype))
+
+
+def load_autoencoder(plan: Plan) -> Autoencoder | None:
+  """The autoencoder, in the compute dtype, whole on every device."""
+  if plan.vae is None:
+    return None
+  weights, dtype = plan.config.vae.weights, plan.stream.compute_dtype
+  everywhere = parallel.replicated(plan.mesh)
+  if weights.startswith(RANDOM):
+    params = pipeline.draw_params(vae.init_params, plan.vae, dtype)
+    return Autoencoder("vae", plan.vae, jax.device_put(params, everywhere), dtype)
+  loaded = convert.load(weights, "vae", lambda name, shape: everywhere, dtype)
+  return Autoencoder("vae", loaded.config, loaded.params, dtype)
+
+
+class Encoder:
+  """Encodes prompts; weights are loaded when they are needed first, if ever."""
+
+  def __init__(self, plan: Plan):
+    c = plan.config
+    self.encode = contexts.text_encoder(c.text.weights, plan.stream.compute_dtype)
+    self.network: WanConfig = plan.student
+    # On the host the encoder takes no memory of the device, and seconds for each prompt.
+    self.device = jax.devices("cpu")[0] if c.text.device == "cpu" else None
+    if self.encode.model.text_dim != plan.student.text_dim:
+      raise convert.CheckpointError(
+        f"The text encoder in {c.text.weights} gives rows of {self.encode.model.text_dim} numbers, "
+        f"and the student takes {plan.student.text_dim}; bring the two that were trained together."
+      )
+
+    self._known: dict[str, Array] = {}
+
+  def __call__(self, prompts: Sequence[str]) -> Float[Array, "b t w"]:
+    """Contexts of full length, float32."""
+    if prompts and all(p in self._known for p in prompts):
+      return jnp.stack([self._known[p] for p in prompts])
+    with jax.default_device(self.device):
+      return wan.pad_text(self.network, self.encode(list(prompts)))
+
+  def remember(self, prompts: Sequence[str]):
+    """Keeps the contexts of prompts that come again."""
+    self._known |= dict(zip(prompts, self(prompts), strict=True))
+
+  def let_go(self):
+    """Frees the weights; prompts that are not remembered load them anew."""
+    vars(self.encode).pop("loaded", None)
+
+  def surplus(self, prompt: str) -> int:
+    """Tokens that are cut off."""
+    return self.encode.surplus(prompt)
+
+
+def init_adapters(plan: Plan) -> Any:
+  """Adapters that change nothing yet."""
+  assert plan.low is not None
+  low, like = plan.low, plan.shapes(plan.student)
+  key = jax.random.fold_in(jax.random.key(plan.config.seed), 2)
+  return parallel.create(lambda key: lora.init(like, key, low.rank, low.targets), plan.mesh, key)
+
+
+def as_pipeline(
+  plan: Plan, params: Any, encode: Encoder, autoencoder: Autoencoder
+) -> pipeline.Pipeline:
+  """What samples videos with the student's weights."""
+  variant = plan.stream.geometry.variant
+  return pipeline.Pipeline(plan.student, params, variant, encode, autoencoder)
