@@ -1,7 +1,8 @@
-"""Stage `flow`: flow matching of Wan 2.1 1.3B on latents of your own clips, to fine-tune it.
+r"""Stage `flow`: flow matching of Wan 2.1 1.3B on latents of your own clips, to fine-tune it.
 
     python tools/encode_videos.py --weights weights/wan-1.3b --videos clips --out data/videos
-    python -m hfjax.train --config=configs/flow.py --workdir=runs/flow --config.data.path=data/videos
+    python -m hfjax.train --config=configs/flow.py --workdir=runs/flow \
+        --config.data.path=data/videos
 
 The model stays bidirectional. --config.flow.forcing=teacher trains a causal model of many steps
 instead, and --config.lora.rank=32 adapters, with far less memory. On one GPU with 80 GB; a step has

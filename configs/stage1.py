@@ -3,10 +3,9 @@ r"""Stage `dmd`: self-forcing distribution matching under dense attention (spec 
     python -m hfjax.train --config=configs/stage1.py --workdir=runs/stage1 \
         --config.init=runs/ode --config.data.path=prompts.txt
 
-Student and critic are Wan 2.1 1.3B, the teacher is the 14B. On one H200, one sample at a time: 93 GB
-for a critic step and 104 GB for the student's, without the text encoder (11 GB; embed the prompts
-with tools/embed_prompts.py, or set text.device=cpu). benchmarks/training.md has times of steps and
-what was measured. Published: about 1000 steps on 64 GPUs.
+Student and critic are Wan 2.1 1.3B, the teacher is the 14B. One sample at a time on one H200:
+benchmarks/training.md has memory and times of steps. The text encoder takes 11 GB more; embed the
+prompts with tools/embed_prompts.py, or set text.device=cpu. Published: about 1000 steps on 64 GPUs.
 """
 
 from ml_collections import ConfigDict
