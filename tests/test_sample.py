@@ -373,7 +373,8 @@ def test_a_disk_that_is_full_ends_the_video_and_keeps_what_is_there(tmp_path):
     "from hfjax import sample; sys.exit(sample.main(sys.argv[1:]))"
   )
   command = [sys.executable, "-c", code, *FAST, WORDS, "--endless", "--out=a.mp4", "--vae=tiny"]
-  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  # Compiled programs would not be written whole either, and other processes would find them.
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
   done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
   assert done.returncode == 1 and "Traceback" not in done.stderr
   sentence = done.stderr.strip().splitlines()[-1]
