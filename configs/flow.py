@@ -1,6 +1,6 @@
 r"""Stage `flow`: flow matching of Wan 2.1 1.3B on latents of your own clips, to fine-tune it.
 
-    python tools/encode_videos.py --weights weights/wan-1.3b --videos clips --out data/videos
+    python tools/encode_videos.py --weights weights/wan-1.3b --clips clips --out data/videos
     python -m hfjax.train --config=configs/flow.py --workdir=runs/flow \
         --config.data.path=data/videos
 

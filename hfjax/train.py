@@ -13,14 +13,12 @@ import signal
 import sys
 import traceback
 
+_PROCESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
 
 def main(argv: list[str] | None = None) -> int:
   """Command line; the exit status."""
   argv = sys.argv[1:] if argv is None else argv
-  if "JAX_COORDINATOR_ADDRESS" in os.environ:
-    import jax
-
-    jax.distributed.initialize()
   from hfjax.convert import CheckpointError  # takes seconds
   from hfjax.data.rejects import DataError
   from hfjax.training import config, dry_run, loop, plan
@@ -28,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
   from hfjax.training.metrics import MetricsError
 
   try:
+    _join()
     options = config.parse(argv, __doc__ or "")
     made = plan.make_plan(options.config)
     if options.dry_run:
@@ -49,6 +48,24 @@ def main(argv: list[str] | None = None) -> int:
       "parts of it (accumulate), more devices, text.device=cpu, or a smaller teacher."
     )
     return _fail(RuntimeError(words), 1, argv)
+
+
+def _join():
+  """Joins the other processes of a run, where the environment tells of them."""
+  from hfjax.training.config import ConfigError
+
+  told = {name: os.environ.get(name) for name in _PROCESSES}
+  if not any(told.values()):
+    return
+  address, count, number = told.values()
+  if not (address and (count or "").isdecimal() and (number or "").isdecimal()):
+    raise ConfigError(
+      f"A run of several processes needs {', '.join(told)}, the last two as numbers; they are "
+      f"{', '.join(map(str, told.values()))}."
+    )
+  import jax
+
+  jax.distributed.initialize(address, int(count or 0), int(number or 0))
 
 
 def _fail(error: Exception, status: int, argv: list[str]) -> int:

@@ -66,7 +66,8 @@ class Stage:
     self._key = jax.jit(
       lambda step, number: jax.random.fold_in(
         jax.random.fold_in(jax.random.key(plan.config.seed), step), number
-      )
+      ),
+      out_shardings=parallel.replicated(plan.mesh),
     )
 
   @staticmethod
@@ -128,7 +129,7 @@ def put(plan: Plan, arrays: Mapping[str, np.ndarray], context: Any, negative: An
 
 def put_negative(plan: Plan, negative: Any) -> Any:
   """The negative prompt's context for every part of a batch, `[k 1 t w]`."""
-  x = jnp.broadcast_to(jnp.asarray(np.asarray(negative)), (plan.config.accumulate, *negative.shape))
+  x = np.broadcast_to(np.asarray(negative), (plan.config.accumulate, *negative.shape))
   return jax.device_put(x, parallel.replicated(plan.mesh))
 
 

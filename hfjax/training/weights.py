@@ -1,6 +1,5 @@
 """Where training's networks come from: loaded or made where they shall lie."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +32,11 @@ def load_trained(plan: Plan, part: str) -> Any:
   else:
     network, weights, averaged = plan.student, c.init or c.student.weights, c.init_ema
   if weights.startswith(RANDOM):
-    key = jax.random.fold_in(jax.random.key(c.seed), ("student", "critic").index(part))
-    return parallel.create(functools.partial(wan.init_params, network), plan.mesh, key)
+    number = ("student", "critic").index(part)
+    return parallel.create(
+      lambda seed: wan.init_params(network, jax.random.fold_in(jax.random.key(seed), number)),
+      plan.mesh, c.seed,
+    )  # fmt: skip
   place = parallel.placing(plan.mesh)
   loaded = convert.load(weights, "dit", place, "float32", averaged=averaged)
   return fit(loaded.params, plan.shapes(network))
@@ -116,8 +118,12 @@ def init_adapters(plan: Plan) -> Any:
   """Adapters that change nothing yet."""
   assert plan.low is not None
   low, like = plan.low, plan.shapes(plan.student)
-  key = jax.random.fold_in(jax.random.key(plan.config.seed), 2)
-  return parallel.create(lambda key: lora.init(like, key, low.rank, low.targets), plan.mesh, key)
+
+  def make(seed):
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    return lora.init(like, key, low.rank, low.targets)
+
+  return parallel.create(make, plan.mesh, plan.config.seed)
 
 
 def as_pipeline(
