@@ -88,9 +88,9 @@ def check_batch(mesh: Mesh, batch: int):
     )
 
 
-def put_batch(mesh: Mesh, tree: Any) -> Any:
-  """A batch as arrays over all devices, of what each process has of it; axis 0 is the batch's."""
-  where = batched(mesh)
+def put_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
+  """A batch as arrays over all devices, of what each process has of it; axis: the batch's."""
+  where = batched(mesh, axis)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), tree)
 
 

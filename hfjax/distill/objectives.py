@@ -246,6 +246,8 @@ class Distillation:
       return latents
     chunk, dtype = self.stream.geometry.chunk, self.stream.compute_dtype
     first = clip.first_of_clip(self.vae, vae_params, rolled.all, chunks, chunk, self.last, dtype)
+    # Where nothing came before, the first latent counts, and keeps its gradient.
+    first = jnp.where(chunks > self.last, first, latents[:, :1])
     return clip.as_clip(latents, first)
 
   def draw_score_times(
@@ -418,7 +420,7 @@ class FlowMatching:
     table = FlowSchedule(self.shift)
     latents = latents.astype(jnp.float32)
     noise = jax.random.normal(keys[0], latents.shape)
-    dropped = jax.random.bernoulli(keys[1], self.drop_text, (b, 1, 1))
+    dropped = jax.random.bernoulli(keys[1], float(self.drop_text), (b, 1, 1))
     context = jnp.where(dropped, texts.negative, texts.context)
     options: dict[str, Any] = {}
     if self.forcing == "none":

@@ -53,13 +53,17 @@ def generator_step(objective: Distillation, chunks: int, exit_step: int) -> floa
   tokens = o.last * g.chunk * g.tokens
   chunk = g.chunk * g.tokens
   last = range(chunks - o.last, chunks)
-  with_gradient = [forward(o.stream.model, chunk, keys_of_chunk(g, i)) for i in last]
-  total = rollout(o, chunks, exit_step) + 2 * sum(with_gradient)
+  # A backward for each forward that carries gradients, which computes keys of the text anew.
+  m, gradients = o.stream.model, 0.0
+  for keys in (keys_of_chunk(g, i) for i in last):
+    with_text = forward(m, chunk, keys)
+    gradients += 3 * with_text - forward(m, chunk, keys, text=False)
+  total = rollout(o, chunks, exit_step) + gradients
   texts = 2 if o.critic_guidance else 1
   teacher = 2 * forward(o.teacher, tokens, tokens)
   total += texts * forward(o.critic, tokens, tokens) + teacher
   if o.reflow_weight and (o.reflow_always or exit_step == 0):
     total += teacher * (o.reflow_steps if o.reflow_stop is None else o.reflow_stop)
     if o.reflow_always and exit_step:
-      total += 3 * sum(with_gradient)
+      total += gradients  # of the first step
   return total

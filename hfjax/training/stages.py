@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from hfjax import parallel
 from hfjax.distill.objectives import Distillation, FlowMatching, Frozen, Regression, Texts
@@ -116,15 +115,11 @@ def put(plan: Plan, arrays: Mapping[str, np.ndarray], context: Any, negative: An
   context: `[n t w]`. negative: `[1 t w]`.
   """
   parts = plan.config.accumulate
-  split = NamedSharding(plan.mesh, PartitionSpec(None, parallel.AXES))
-
-  def place(x):
-    x = np.asarray(x)
-    x = x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
-    return jax.make_array_from_process_local_data(split, x)
-
-  texts = Texts(place(context), negative)
-  return {**{name: place(x) for name, x in arrays.items()}, "texts": texts}
+  cut = lambda x: np.reshape(x, (parts, len(x) // parts, *np.shape(x)[1:]))
+  placed = parallel.put_batch(
+    plan.mesh, {name: cut(x) for name, x in {**arrays, "context": context}.items()}, axis=1
+  )
+  return {**placed, "texts": Texts(placed.pop("context"), negative)}
 
 
 def put_negative(plan: Plan, negative: Any) -> Any:
@@ -137,7 +132,7 @@ def batch_shapes(plan: Plan) -> Batch:
   """Shapes of a batch, with shardings."""
   c, m = plan.config, plan.student
   each = c.batch // c.accumulate
-  split = NamedSharding(plan.mesh, PartitionSpec(None, parallel.AXES))
+  split = parallel.batched(plan.mesh, 1)
 
   def struct(*shape: int, sharding=split):
     return jax.ShapeDtypeStruct((c.accumulate, *shape), jnp.float32, sharding=sharding)
