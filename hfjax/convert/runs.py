@@ -108,7 +108,7 @@ def _refusal(path: Path, step: int, averaged: bool, why: Exception) -> Checkpoin
 
 def _open(path: Path, step: int, averaged: bool) -> Part:
   """The transformer of a step; _DamagedError if it cannot be read."""
-  folder = path / "checkpoints" / str(step)
+  folder = path.absolute() / "checkpoints" / str(step)  # Orbax takes no other
   note = _read_note(folder)
   config, low_rank = _architecture(note), _low_rank(note)
   if averaged and not (folder / "ema").is_dir():

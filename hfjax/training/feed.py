@@ -1,7 +1,7 @@
 """Batches of a stage, from its data to the devices."""
 
+import functools
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ class Feed:
         f"A batch of {c.batch} does not divide among {processes} processes; make it a multiple."
       )
     self.source = _open(plan, encode, workdir, say, quiet)
-    self._told = 0
     self._say = say
     self._batches = loading.batches(
       self.source, c.batch // processes, c.seed, process_index=jax.process_index(),
@@ -44,10 +43,7 @@ class Feed:
     self.negative = put_negative(plan, encode([c.text.negative]))
 
   def __call__(self) -> Batch:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # told by `_tell`
-      raw = next(self._batches)
-    self._tell()
+    raw = next(self._batches)
     context = raw.get("context")
     if context is None:
       context = self.encode(raw["prompt"])
@@ -63,20 +59,13 @@ class Feed:
   @property
   def has_contexts(self) -> bool:
     """Whether prompts of the data need no text encoder."""
-    return "context" in self.source[0]
+    return "context" in getattr(self.source, "shapes", {})
 
   @property
   def rejected(self) -> int:
     """Examples that were left out so far."""
     rejects = getattr(self.source, "rejects", None)
     return 0 if rejects is None else rejects.count
-
-  def _tell(self):
-    rejects = getattr(self.source, "rejects", None)
-    if rejects is not None and len(rejects.first) > self._told:
-      for sentence in rejects.first[self._told :]:
-        self._say(f"{sentence} It is left out ({rejects.count} so far).")
-      self._told = len(rejects.first)
 
   def state(self) -> list[dict[str, Any]]:
     """Where each process's next batch lies; JSON-able."""
@@ -148,12 +137,16 @@ def _make_trajectories(plan: Plan, encode: Encoder, workdir: Path, prompts, say,
   )
   teacher = plan.teacher
   assert teacher is not None
-  with Progress(len(prompts), quiet=quiet, warmup=1) as bar:
-    trace = trajectories.tracer(
+
+  @functools.cache  # where all are there already, the teacher is not loaded
+  def tracer():
+    return trajectories.tracer(
       teacher, load_teacher(plan), recipe, encode([c.text.negative]), plan.stream.compute_dtype
     )
+
+  with Progress(len(prompts), quiet=quiet, warmup=1) as bar:
     trajectories.write(
-      folder, prompts, encode, trace, recipe, batch=min(4, len(prompts)),
+      folder, prompts, encode, lambda *x: tracer()(*x), recipe, batch=min(4, len(prompts)),
       model=c.teacher.weights, negative=c.text.negative,
       progress=lambda done, total: bar.update(done, {}),
     )  # fmt: skip

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import fcntl
 import math
+import resource
 import signal
 import sys
 import threading
@@ -31,12 +32,11 @@ from hfjax.training.metrics import Metrics
 from hfjax.training.plan import Plan
 from hfjax.training.progress import Progress
 from hfjax.training.stages import Stage
-from hfjax.training.update import Part
+from hfjax.training.update import COUNTS, Part
 
 # What a run may change when it goes on.
 _FREE = ("steps", "most_skipped", "init", "init_ema", "data.prefetch", "text.device")
 _FREE_GROUPS = ("checkpoint", "log", "validation", "compute")
-_COUNTS = ("updates", "skipped", "in_row")
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818  it says what happened
@@ -110,8 +110,8 @@ def train(plan: Plan, workdir: Path, quiet: bool = False) -> int:
     if last and last[-1] >= c.steps:
       say(f"{workdir} has made all {c.steps} steps; raise steps to go on.")
       return 0
-    with _told(say):
-      run = Run(plan, workdir, checkpoints, metrics, stop, say, quiet)
+    stack.enter_context(_told(say))  # until the end: data are read all the while
+    run = Run(plan, workdir, checkpoints, metrics, stop, say, quiet)
     if stop.asked():
       return run.ended()
     with Progress(c.steps, run.step, quiet or not main, samples=c.batch) as progress:
@@ -147,6 +147,7 @@ class Run:
       self.encode.let_go()
     self.step = 0
     self.saved: int | None = None
+    self.hopeless = ""  # why training cannot go on
     frozen = Frozen(
       weights.load_teacher(plan) if plan.distills else None,
       None if self.autoencoder is None else self.autoencoder.params,
@@ -156,10 +157,10 @@ class Run:
     self._window: dict[str, list[float]] = collections.defaultdict(list)
 
   def go(self, progress: Progress):
-    """Makes all steps that are left."""
+    """Makes all steps that are left; TrainingStopped if too many cannot be made."""
     c = self.plan.config
     pending: tuple[int, Mapping[str, Any]] | None = None
-    while self.step < c.steps and not self.stop.asked():
+    while self.step < c.steps and not self.hopeless and not self.stop.asked():
       figures = self.stage.step(self.step, self.feed)
       self.step += 1
       # Of the step before, so that the device is not waited for.
@@ -173,13 +174,18 @@ class Run:
         pending = None
         with progress.paused():
           if last or self.step % c.checkpoint.every == 0:
-            self.save()
+            self.save(last)
           if validates and self.autoencoder is not None:
             self.validate()
     if pending is not None:
       self._take(*pending, progress)
-    self.save()
+    self.save(last=True)
     self.checkpoints.wait()
+    if self.hopeless:
+      raise TrainingStopped(
+        f"{self.hopeless} Training stopped after step {self.step}, which is saved in "
+        f"{self.workdir}. Lower the learning rate, or look at the data."
+      )
 
   def ended(self) -> int:
     """The exit status, and a sentence on what there is."""
@@ -187,21 +193,34 @@ class Run:
     if done:
       self.say(f"All {self.step} steps are made; {self.workdir} holds the run.")
       return 0
-    self.say(f"Stopped after step {self.step}, which is saved; the same command goes on.")
+    if self.saved is None:
+      self.say("Stopped before the first step; the same command begins anew.")
+    else:
+      self.say(f"Stopped after step {self.step}, which is saved; the same command goes on.")
     return 130 if self.stop.number == signal.SIGINT else 0
 
   def validate(self):
     """Writes videos."""
     assert self.autoencoder is not None
+    if jax.process_count() > 1:
+      self.say("Validation videos are made by runs of one process only; convert a checkpoint.")
+      return
     validation.make_videos(
       self.plan, self.stage, self.encode, self.autoencoder, self.step, self.workdir, self.metrics,
       self.say,
     )  # fmt: skip
 
-  def save(self):
-    """Begins to save a checkpoint, unless there is one of this step; a failure is told of."""
+  def save(self, last: bool = False):
+    """Begins to save a checkpoint, unless there is one of this step; a failure is told of.
+
+    last: whether training ends, and a failure is raised, as nothing could be saved later.
+    """
     if self.saved == self.step:
       return
+    try:
+      self.checkpoints.wait()
+    except CheckpointFailed as e:  # of the one before, which is no reason to leave this one out
+      self.say(str(e) if last else f"{e} Training goes on.")
     plan, student = self.plan, self.stage.parts["student"]
     note = {
       "format": runs.FORMAT,
@@ -215,7 +234,6 @@ class Run:
     }
     if note["variant"] is None:
       note["variant"] = "paper" if plan.student.linear else "reference_dense"
-    last = self.step == plan.config.steps or self.stop.number is not None
     try:
       self.checkpoints.save(self.step, _items(plan, self.stage.parts, self.stage.base), note)
       self.saved = self.step
@@ -223,7 +241,7 @@ class Run:
         path = self.workdir / "adapters.safetensors"
         lora.save(path, plan.student, jax.device_get(student.params), plan.low.alpha)
     except (CheckpointFailed, CheckpointError) as e:
-      if last:  # nothing comes that could still be saved
+      if last:
         raise
       self.say(f"{e} Training goes on.")
 
@@ -263,38 +281,33 @@ class Run:
     progress.update(step, shown)
     for part, values in host.items():
       for name, value in values.items():
-        if name != "finite" and not (values["finite"] and math.isnan(value)):
+        if name in COUNTS:
+          self._window[f"{part}/{name}"] = [int(value)]  # the last
+        elif name != "finite" and not (values["finite"] and math.isnan(value)):
           self._window[f"{part}/{name}"].append(float(value))
-    for part, values in host.items():
-      if not values["finite"]:
-        self._skip(step, part)
     if step % c.log.every == 0 or step == c.steps:
-      rates = {
-        f"{name}/learning_rate": _rate(self.plan, name, self.stage.parts[name]) for name in host
-      }
+      rates = {f"{name}/learning_rate": _rate(self.plan, name, x) for name, x in host.items()}
       means = {name: sum(x) / len(x) for name, x in self._window.items()}
       stats = jax.local_devices()[0].memory_stats() or {}
-      memory = {"peak_memory_bytes": stats["peak_bytes_in_use"]} if stats else {}
+      memory = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10}
+      if stats:
+        memory["peak_memory_bytes"] = stats["peak_bytes_in_use"]
       self.metrics.write(step, {
         **means, **rates, **progress.figures(), **memory, "data/rejected": self.feed.rejected
       })  # fmt: skip
       self._window.clear()
+    for part, values in host.items():
+      if not values["finite"]:
+        self._skip(step, part, values["in_row"], values["skipped"])
 
-  def _skip(self, step: int, name: str):
-    part = self.stage.parts[name]
-    skipped, row = int(part.skipped), int(part.in_row)
+  def _skip(self, step: int, name: str, row: int, skipped: int):
+    """Tells of an update that was left out, and remembers if there were too many."""
     self.say(
       f"Step {step}: a loss or gradient of the {name} was not finite, and its update was left out "
       f"({row} in a row, {skipped} in all)."
     )
     if row >= self.plan.config.most_skipped:
-      self.save()
-      self.checkpoints.wait()
-      raise TrainingStopped(
-        f"{row} updates of the {name} in a row were not finite; training stopped after step "
-        f"{self.step}, which is saved in {self.workdir}. Lower the learning rate, or look at the "
-        "data."
-      )
+      self.hopeless = f"{row} updates of the {name} in a row were not finite."
 
 
 def _part(plan: Plan, name: str, params: Any) -> Part:
@@ -307,10 +320,12 @@ def _part(plan: Plan, name: str, params: Any) -> Part:
   return jax.jit(make, out_shardings=where, donate_argnums=0)(params)
 
 
-def _rate(plan: Plan, name: str, part: Part) -> float:
+def _rate(plan: Plan, name: str, figures: Mapping[str, Any]) -> float:
+  """Of the update that gave these figures."""
   chosen = plan.critic_optimizer if name == "critic" else plan.optimizer
   assert chosen is not None
-  rate: Any = chosen.learning_rate(plan.updates(name))(max(int(part.updates) - 1, 0))
+  before = int(figures["updates"]) - int(figures["finite"])
+  rate: Any = chosen.learning_rate(plan.updates(name))(before)
   return float(rate)
 
 
@@ -325,7 +340,7 @@ def _items(plan: Plan, parts: Mapping[str, Part], base: Any) -> dict[str, Any]:
   if "critic" in parts:
     items["critic"] = parts["critic"].params
   items["optimizers"] = {
-    name: {**_flat(part.opt), **{k: getattr(part, k) for k in _COUNTS}}
+    name: {**_flat(part.opt), **{k: getattr(part, k) for k in COUNTS}}
     for name, part in parts.items()
   }
   return items
@@ -338,7 +353,7 @@ def _flat(opt: Any) -> dict[str, Any]:
 
 def _unflatten(like: Part, arrays: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
   leaves = [arrays[name] for name in _flat(like.opt)]
-  return jax.tree.unflatten(jax.tree.structure(like.opt), leaves), {k: arrays[k] for k in _COUNTS}
+  return jax.tree.unflatten(jax.tree.structure(like.opt), leaves), {k: arrays[k] for k in COUNTS}
 
 
 def _preset(plan: Plan) -> str | None:

@@ -102,8 +102,7 @@ class Plan:
 
   def shapes(self, network: WanConfig, dtype: Any = jnp.float32) -> Any:
     """Of a transformer's parameters, with shardings."""
-    tree = jax.eval_shape(functools.partial(wan.init_params, network), jax.random.key(0))
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _shapes(network))
     return parallel.abstract(self.mesh, tree)
 
   def trained_shapes(self, part: str) -> Any:
@@ -128,6 +127,11 @@ class Plan:
   def parts(self) -> tuple[str, ...]:
     """Networks that are trained."""
     return ("student", "critic") if self.distills else ("student",)
+
+
+@functools.cache  # takes a second, and is asked for often
+def _shapes(network: WanConfig) -> Any:
+  return jax.eval_shape(functools.partial(wan.init_params, network), jax.random.key(0))
 
 
 def make_plan(config: FrozenConfigDict) -> Plan:

@@ -60,7 +60,11 @@ class Progress:
     speed = self.steps_per_s
     if speed is None:
       return {}
-    return {"steps_per_second": speed, "samples_per_second": speed * self.samples}
+    return {
+      "step_seconds": 1 / speed,
+      "steps_per_second": speed,
+      "samples_per_second": speed * self.samples,
+    }
 
   def update(self, step: int, losses: Mapping[str, float]):
     """So many steps are made."""

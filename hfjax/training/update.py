@@ -17,6 +17,7 @@ from hfjax import parallel
 
 # `loss(params, fixed, batch, key) -> (loss, figures)`; only params carry gradients.
 Loss = Callable[[Any, Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
+COUNTS = ("updates", "skipped", "in_row")  # of a `Part`
 
 
 class Part(NamedTuple):
@@ -73,8 +74,8 @@ def make_update(
 
   batch: leaves `[k b ...]`: gradients of k microbatches, each with a key of its own, are averaged.
   figures: those of the loss, averaged over the microbatches that have them, `loss`,
-  `gradient_norm` before clipping, `parameter_norm`, `finite`, and `ema_distance`, the norm of
-  parameters minus their average.
+  `gradient_norm` before clipping, `parameter_norm`, `finite`, the part's `COUNTS` after the update,
+  and `ema_distance`, the norm of parameters minus their average.
   like: shapes of the part, from which its shardings derive.
   """
 
@@ -121,6 +122,7 @@ def make_update(
       "gradient_norm": norm,
       "parameter_norm": optax.global_norm(params),
       "finite": finite,
+      **{name: getattr(new, name) for name in COUNTS},
     }
     if average is not None:
       apart = jax.tree.map(lambda a, b: a - b, params, ema)

@@ -247,7 +247,9 @@ def test_speed_is_that_of_steps_without_compiling_or_pauses():
       now[0] += 1000
     now[0] += 0.5
     line.update(7, {"loss": 0.123456, "critic": math.nan})
-    assert line.figures() == pytest.approx({"steps_per_second": 2, "samples_per_second": 16})
+    assert line.figures() == pytest.approx(
+      {"step_seconds": 0.5, "steps_per_second": 2, "samples_per_second": 16}
+    )
   last = out.getvalue().splitlines()[-1]
   assert last == "step 7/100, loss 0.1235, critic nan, 2 steps/s, 16 samples/s, 00:46 left"
 
