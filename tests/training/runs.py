@@ -128,7 +128,9 @@ def arrays(workdir, step):
 def metrics(workdir):
   """Lines of figures, without those that tell of time."""
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  timed = {"time", "steps_per_second", "samples_per_second"}
+  timed = {
+    "time", "step_seconds", "steps_per_second", "samples_per_second", "peak_host_bytes",
+  }  # fmt: skip
   return [{k: v for k, v in json.loads(x).items() if k not in timed} for x in lines]
 
 
