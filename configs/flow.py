@@ -5,8 +5,8 @@ r"""Stage `flow`: flow matching of Wan 2.1 1.3B on latents of your own clips, to
         --config.data.path=data/videos
 
 The model stays bidirectional. --config.flow.forcing=teacher trains a causal model of many steps
-instead, and --config.lora.rank=32 adapters, with far less memory. On one GPU with 80 GB; a step has
-the operations of 3 forwards of 21 latent frames (see --dry_run). It was not yet run at full size.
+instead, and --config.lora.rank=32 adapters, with less memory; --dry_run tells how much. It was not
+yet run at full size.
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,8 @@ r"""Stage `ode`: the student learns to take few steps, causally, from trajectori
         --config.data.path=data/trajectories
 
 Instead, trajectories of Self-Forcing are taken with `tools/make_trajectories.py --import_lmdb`, and
-published weights after this stage (ode_init.pt) by the converter. On one GPU with 80 GB; a step has
-the operations of 3 forwards of 21 latent frames (see --dry_run). It was not yet run at full size.
+published weights after this stage (ode_init.pt) by the converter. --dry_run tells what memory a
+step takes. It was not yet run at full size.
 """
 
 from ml_collections import ConfigDict

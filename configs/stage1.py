@@ -1,11 +1,12 @@
 r"""Stage `dmd`: self-forcing distribution matching under dense attention (spec section 8, stage 1).
 
     python -m hfjax.train --config=configs/stage1.py --workdir=runs/stage1 \
-        --config.init=runs/ode --config.data.path=prompts.txt
+        --config.init=runs/ode --config.data.path=prompts.txt --config.text.device=cpu
 
 Student and critic are Wan 2.1 1.3B, the teacher is the 14B. One sample at a time on one H200:
-benchmarks/training.md has memory and times of steps. The text encoder takes 11 GB more; embed the
-prompts with tools/embed_prompts.py, or set text.device=cpu. Published: about 1000 steps on 64 GPUs.
+benchmarks/training.md has memory and times of steps. There is no room for the text encoder (11 GB)
+beside them: it works on the host, or not at all with prompts of tools/embed_prompts.py. Published:
+about 1000 steps on 64 GPUs.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 r"""Stage `hybrid`: from stage 1, linear memory and block-sparse attention, with reflow (stage 2).
 
     python -m hfjax.train --config=configs/stage2.py --workdir=runs/stage2 \
-        --config.init=runs/stage1 --config.data.path=prompts.txt
+        --config.init=runs/stage1 --config.data.path=prompts.txt --config.text.device=cpu
 
 Student and critic are Wan 2.1 1.3B, the teacher is the 14B. On one H200 as stage 1. A quarter of
 the student's steps takes 25 steps of the teacher, most of the time of all training;

@@ -5,7 +5,7 @@ same numbers as if it had not been. --config.init=DIR begins with the weights of
 On several hosts, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each.
 
 Exit status: 0 if all is well, also after SIGTERM; 1 if training had to stop; 2 if the command makes
-no sense; 130 after Ctrl-C.
+no sense; 130 after Ctrl-C, and when it was stopped at once.
 """
 
 import os
@@ -37,8 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     return _fail(e, 2, argv)
   except (CheckpointError, DataError, CheckpointFailed, loop.TrainingStopped) as e:
     return _fail(e, 1, argv)
+  except ValueError as e:
+    return _fail(e, 2, argv)
+  except OSError as e:
+    where = f" ({e.filename})" if e.filename else ""
+    words = f"{e.strerror or e}{where}; mend that, and the same command goes on."
+    return _fail(RuntimeError(words), 1, argv)
   except KeyboardInterrupt:
-    print("train: stopped; the last checkpoint is whole.", file=sys.stderr, flush=True)
+    print("train: stopped at once; what was saved before is whole.", file=sys.stderr, flush=True)
     return 130
   except Exception as e:
     if "RESOURCE_EXHAUSTED" not in str(e):

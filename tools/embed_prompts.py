@@ -1,7 +1,7 @@
 """Encodes prompts: `python tools/embed_prompts.py --weights DIR --prompts FILE --out DIR`.
 
-Writes a dataset of prompts with their text contexts, so that training needs no text encoder. Only
-the text encoder of --weights is loaded. What is cut short goes on with the same command.
+Writes a dataset of prompts with their text contexts, so that training holds no text encoder beside
+its networks. Only that of --weights is loaded. What is cut short goes on with the same command.
 """
 
 import argparse

@@ -44,7 +44,7 @@ def make(args: argparse.Namespace, options: dict):
   trace = trajectories.tracer(
     config, params, led, None if args.guidance == 1 else encode([negative]), args.dtype
   )
-  has_context = "context" in source[0]
+  has_context = contexts.has_contexts(source)
   return trajectories.write(
     args.out, source, None if has_context else encode, trace, led, batch=args.batch,
     with_context=args.with_context, model=f"{contexts.fingerprint(params)} {args.dtype}",

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hfjax import checksums
 from hfjax.convert.adapters import TARGETS, Factors, to_original
 from hfjax.convert.part import Part, named_tensors
 from hfjax.convert.registry import KINDS
@@ -121,11 +122,16 @@ def _open(path: Path, step: int, averaged: bool) -> Part:
   weights = folder / ("ema" if averaged and not low_rank else "student")
   held = _shapes(weights)
   _check_shapes(weights.name, {n: x.shape for n, x in held.items()}, table.our_shapes)
+  sums: dict[str, str] = {}
 
   @functools.lru_cache(maxsize=1)  # the layers of an array are asked for one after the other
   def read(name: str) -> np.ndarray:
     try:
-      return _restore(weights, name)
+      x = _restore(weights, name)
+      sums[name] = checksums.array_sum(x)
+      if len(sums) == len(held):  # with the last array, before anything is made of all of them
+        _check_sum(weights.name, sums, note)
+      return x
     except _DamagedError as e:
       raise _refusal(path, step, averaged, e) from e
 
@@ -137,7 +143,7 @@ def _open(path: Path, step: int, averaged: bool) -> Part:
   notes = [f"{'Moving averages of weights' if averaged else 'Weights'} of step {step} were taken."]
   if low_rank:
     rank, alpha = low_rank
-    factors = _read_adapters(folder / ("ema" if averaged else "adapters"), config, rank)
+    factors = _read_adapters(folder / ("ema" if averaged else "adapters"), config, rank, note)
     for module, pair in factors.items():
       name = f"{module}.weight"
       tensors[name] = _merged(tensors[name], pair, alpha / rank)
@@ -196,12 +202,19 @@ def _low_rank(note: Mapping[str, Any]) -> tuple[int, float] | None:
   return rank, float(alpha)
 
 
-def _read_adapters(folder: Path, config: WanConfig, rank: int) -> dict[str, Factors]:
+def _read_adapters(
+  folder: Path, config: WanConfig, rank: int, told: Mapping[str, Any]
+) -> dict[str, Factors]:
   """Factors of all layers by original module name."""
   adapters: dict[str, dict[str, np.ndarray]] = {}
   for path in _shapes(folder):
     name, _, factor = path.partition("/")
     adapters.setdefault(name, {})[factor] = _restore(folder, path)
+  _check_sum(
+    folder.name,
+    {f"{t}/{f}": checksums.array_sum(x) for t, pair in adapters.items() for f, x in pair.items()},
+    told,
+  )
   try:
     factors = to_original(config, adapters)
   except Exception as e:  # other names, or other shapes than layouts take
@@ -243,6 +256,14 @@ def _shapes(folder: Path) -> dict[str, Any]:
     raise
   except Exception as e:  # what damaged files raise is nowhere said
     raise _DamagedError(f"its {folder.name} cannot be read: {e}") from e
+
+
+def _check_sum(item: str, sums: Mapping[str, str], note: Mapping[str, Any]):
+  """_DamagedError unless arrays are those that were saved, where the note has their checksum."""
+  told = note.get("checksums")
+  want = told.get(item) if isinstance(told, dict) else None
+  if want is not None and checksums.combined(sums) != want:
+    raise _DamagedError(f"the arrays of its {item} are not those that were saved")
 
 
 def _check_shapes(

@@ -91,7 +91,8 @@ def run(tool: str, act: Callable[[], Written]) -> int:
     print(f"{tool}: {e}", file=sys.stderr)
     return 2
   except OSError as e:
-    print(f"{tool}: {e.strerror} ({e.filename}); mend that. {kept}", file=sys.stderr)
+    where = f" ({e.filename})" if e.filename else ""
+    print(f"{tool}: {e.strerror or e}{where}; mend that. {kept}", file=sys.stderr)
     return 1
   except RuntimeError as e:  # of JAX
     if "RESOURCE_EXHAUSTED" not in str(e):

@@ -91,8 +91,15 @@ def context_array(maker: Encode | Source) -> tuple[shards.Shape, str]:
   """How contexts are stored that an encoder or a source gives: shape and dtype."""
   if callable(maker):
     return (None, maker(["a"]).shape[-1]), "bfloat16" if _is_half(maker) else "float32"
-  dtypes = getattr(maker, "dtypes", {})
-  return (None, maker[0]["context"].shape[-1]), dtypes.get("context", "float32")
+  dtypes, shapes = getattr(maker, "dtypes", {}), getattr(maker, "shapes", None)
+  width = (shapes["context"] if shapes else maker[0]["context"].shape)[-1]
+  return (None, width), dtypes.get("context", "float32")
+
+
+def has_contexts(source: Source) -> bool:
+  """Whether a source holds contexts of its prompts; of stored ones no example is read."""
+  shapes = getattr(source, "shapes", None)
+  return "context" in (source[0] if shapes is None else shapes)
 
 
 def readable(

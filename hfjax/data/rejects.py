@@ -31,7 +31,9 @@ class Rejects:
     key: of the example, if it may come again, and then counts once.
     """
     if self.on_bad == "fail":
-      raise DataError(f"{sentence} Mend that, or leave such examples out with on_bad=skip.")
+      raise DataError(
+        f"{sentence} Mend that, or set on_bad to skip, to leave such ones out."
+      )
     with self._lock:
       if key is not None and key in self._seen:
         return False

@@ -239,15 +239,18 @@ def _write_shard(folder, plan, shard, make, features, rejects, report, done):
       rejects.add(sentence)
       report(next(ready))
 
-    writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
+    with _full_disk(folder):
+      writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
     try:
       for example in make(*plan.inputs(shard), reject):
         record = serializer.get_tf_example(features.encode_example(_packed(plan, example)))
         # By itself the order of features differs from process to process.
-        writer.write(record.SerializeToString(deterministic=True))
+        with _full_disk(folder):
+          writer.write(record.SerializeToString(deterministic=True))
         report(next(ready))
     finally:
-      writer.close()
+      with _full_disk(folder):
+        writer.close()
     sidecar = folder / f"left-out-{shard:05d}.json"
     sidecar.unlink(missing_ok=True)
     if rejects.count:
@@ -257,6 +260,16 @@ def _write_shard(folder, plan, shard, make, features, rejects, report, done):
     with path.open("rb") as f:
       os.fsync(f.fileno())
     os.replace(path, target)
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+  """Errors of ArrayRecord, which raises no OSError, as sentences."""
+  try:
+    yield
+  except RuntimeError as e:
+    why = (str(e).strip().splitlines() or ["no reason was given"])[0]
+    raise DataError(f"{folder} cannot be written ({why}); free space, and try again.") from e
 
 
 @contextlib.contextmanager

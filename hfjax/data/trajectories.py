@@ -149,7 +149,7 @@ def write(
   """
   source = _source(prompts)
   count = len(source) if count is None else min(count, len(source))
-  if encode is None and count and "context" not in source[0]:
+  if encode is None and count and not contexts.has_contexts(source):
     raise DataError("The prompts have no contexts; give a text encoder, or embed them before.")
   shape = (len(recipe.keep), *recipe.shape)
   arrays: dict[str, tuple[shards.Shape, str]] = {"trajectory": (shape, "float16")}

@@ -22,10 +22,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from hfjax.checksums import checksum, described
 from hfjax.streaming.trees import named
 
 _NOTE, _SUMS, _UNFINISHED = "note", "checksums", ".orbax-checkpoint-tmp"
@@ -54,44 +54,6 @@ class Restored:
   step: int
   items: dict[str, Any]
   note: dict[str, Any]
-
-
-def checksum(tree: Any) -> int:
-  """32 bits that change with any bit of any array of a tree, with its names, shapes and dtypes.
-
-  Arrays are summed where they are, however they are sharded: files are read once only, and a
-  checkpoint of 100 GB costs one pass over the memory of the devices. What is restored is held
-  against what was saved, so that disks, file systems and libraries are all covered. A change of a
-  single number is always seen; of others one in 2^32 is not.
-  """
-  arrays = named(tree)
-  sums = jax.device_get({name: _sum(_words(x)) for name, x in arrays.items()})
-  lines = (f"{name} {_shape(arrays[name])} {int(sums[name])}" for name in sorted(sums))
-  return zlib.crc32("\n".join(lines).encode())
-
-
-def _words(x: Any) -> Any:
-  """Arrays that JAX takes without rounding: 64 bits as two words."""
-  if isinstance(x, (np.ndarray, np.generic)) and x.dtype.itemsize == 8:
-    return np.ascontiguousarray(x)[..., None].view(np.uint32)
-  return x
-
-
-@jax.jit
-def _sum(x: Any) -> Any:
-  """Sum of the bits of all elements, each times an odd number of its own, modulo 2^32."""
-  if x.dtype == bool:
-    bits = x.astype(jnp.uint32)
-  else:
-    size = x.dtype.itemsize
-    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, narrow).astype(jnp.uint32)
-  # Not reshape(-1), which would gather what is sharded.
-  index = jnp.zeros(bits.shape, jnp.uint32)
-  for axis, length in enumerate(bits.shape):
-    index = index * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-  # Zeros in a row must count too: a lost chunk is read as zeros.
-  return ((bits + np.uint32(0x9E3779B9)) * (2 * index + 1)).sum(dtype=jnp.uint32)
 
 
 class Checkpoints:
@@ -311,8 +273,8 @@ class Checkpoints:
     with _damage():
       path: Any = self.folder / str(step) / name
       saved = named(ocp.StandardCheckpointHandler().metadata(path).tree)
-      saved = {k: _shape(x) for k, x in saved.items()}
-    wanted = {k: _shape(x) for k, x in named(like).items()}
+      saved = {k: described(x) for k, x in saved.items()}
+    wanted = {k: described(x) for k, x in named(like).items()}
     wrong = [
       f"{k} is {saved.get(k, 'missing')} instead of {wanted.get(k, 'missing')}"
       for k in dict.fromkeys([*wanted, *saved])
@@ -361,10 +323,6 @@ def _like(x: Any) -> jax.ShapeDtypeStruct:
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _shape(x: Any) -> str:
-  return f"{np.dtype(x.dtype)} {tuple(x.shape)}"
 
 
 def _together(where: str):

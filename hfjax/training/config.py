@@ -25,9 +25,9 @@ _USAGE = """\
 Usage: python -m hfjax.train --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
 
   --config=FILE        Python file whose get_config() returns the configuration
-  --config.KEY=VALUE   sets one of its values, such as --config.optimizer.lr=1e-6
+  --config.KEY=VALUE   sets one of its values, such as --config.optimizer.rate=1e-6
   --workdir=DIR        folder of checkpoints and metrics; a run that was stopped goes on there
-  --dry_run            checks everything that can be checked without training
+  --dry_run            compiles the updates, tells parameters and memory, and trains nothing
   --quiet              shows no progress
   --debug              shows where an error came from
 """

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hfjax.data import loading, made, sources, trajectories
-from hfjax.data.rejects import DataError
+from hfjax.data.rejects import NAMED, DataError
 from hfjax.training.plan import Plan
 from hfjax.training.progress import Progress
 from hfjax.training.stages import ARRAYS, Batch, put, put_negative
@@ -34,7 +34,7 @@ class Feed:
         f"A batch of {c.batch} does not divide among {processes} processes; make it a multiple."
       )
     self.source = _open(plan, encode, workdir, say, quiet)
-    self._say = say
+    self._say, self._cut = say, set[str]()
     self._batches = loading.batches(
       self.source, c.batch // processes, c.seed, process_index=jax.process_index(),
       process_count=processes, prefetch=c.data.prefetch, text_len=plan.student.text_len,
@@ -46,6 +46,7 @@ class Feed:
     raw = next(self._batches)
     context = raw.get("context")
     if context is None:
+      self._tell_of_long(raw["prompt"])
       context = self.encode(raw["prompt"])
     elif context.shape[-1] != self.plan.student.text_dim:
       raise DataError(
@@ -55,6 +56,20 @@ class Feed:
     name = ARRAYS.get(self.plan.stage)
     arrays = {} if name is None else {name: raw[name]}
     return put(self.plan, arrays, np.asarray(context), self.negative)
+
+  def _tell_of_long(self, prompts: list[str]):
+    """Prompts that are cut are counted, and the first ten named."""
+    for prompt in prompts:
+      if prompt in self._cut or not (surplus := self.encode.surplus(prompt)):
+        continue
+      self._cut.add(prompt)
+      if len(self._cut) <= NAMED:
+        self._say(f"The last {surplus} tokens of {prompt[:60]!r} are cut off.")
+
+  @property
+  def cut(self) -> int:
+    """Different prompts that were too long so far."""
+    return len(self._cut)
 
   @property
   def has_contexts(self) -> bool:

@@ -21,6 +21,7 @@ from ml_collections import FrozenConfigDict
 
 from hfjax.convert import runs
 from hfjax.convert.source import CheckpointError
+from hfjax.data.rejects import DataError
 from hfjax.distill.objectives import Frozen
 from hfjax.streaming.trees import named
 from hfjax.training import config as configs
@@ -99,23 +100,26 @@ def train(plan: Plan, workdir: Path, quiet: bool = False) -> int:
     stop = stack.enter_context(Stop(say))
     checkpoints = Checkpoints(workdir / "checkpoints", plan.config.checkpoint.keep, say)
     stack.callback(_close, checkpoints, say)
-    last = checkpoints.steps()
-    _check_config(plan.config, workdir, bool(last))
+    c, last = plan.config, checkpoints.steps()
+    _check_config(c, workdir, checkpoints.note())
+    if last and last[-1] >= c.steps:
+      say(f"{workdir} has made {last[-1]} steps, and steps is {c.steps}; raise it to go on.")
+      return 0
     if main:
-      configs.write(plan.config, workdir / "config.json")
-    c = plan.config
+      configs.write(c, workdir / "config.json")
     metrics = stack.enter_context(Metrics(
       workdir, c.log.tensorboard, c.log.wandb or None, c.to_dict(), say, active=main
     ))  # fmt: skip
-    if last and last[-1] >= c.steps:
-      say(f"{workdir} has made all {c.steps} steps; raise steps to go on.")
-      return 0
     stack.enter_context(_told(say))  # until the end: data are read all the while
+    if not quiet:
+      say("Loading data and networks.")
     run = Run(plan, workdir, checkpoints, metrics, stop, say, quiet)
     if stop.asked():
       return run.ended()
     with Progress(c.steps, run.step, quiet or not main, samples=c.batch) as progress:
       bar.append(progress)
+      if not quiet:
+        say("Compiling; the first step of each network takes a while.")
       try:
         run.go(progress)
       finally:
@@ -161,7 +165,14 @@ class Run:
     c = self.plan.config
     pending: tuple[int, Mapping[str, Any]] | None = None
     while self.step < c.steps and not self.hopeless and not self.stop.asked():
-      figures = self.stage.step(self.step, self.feed)
+      try:
+        figures = self.stage.step(self.step, self.feed)
+      except DataError:  # what was learnt until then is kept
+        if pending is not None:
+          self._take(*pending, progress)
+        self.save(last=True)
+        self.checkpoints.wait()
+        raise
       self.step += 1
       # Of the step before, so that the device is not waited for.
       if pending is not None:
@@ -173,8 +184,7 @@ class Run:
         self._take(*pending, progress)
         pending = None
         with progress.paused():
-          if last or self.step % c.checkpoint.every == 0:
-            self.save(last)
+          self.save(last)  # before videos too, which take their time
           if validates and self.autoencoder is not None:
             self.validate()
     if pending is not None:
@@ -205,10 +215,13 @@ class Run:
     if jax.process_count() > 1:
       self.say("Validation videos are made by runs of one process only; convert a checkpoint.")
       return
-    validation.make_videos(
-      self.plan, self.stage, self.encode, self.autoencoder, self.step, self.workdir, self.metrics,
-      self.say,
-    )  # fmt: skip
+    try:
+      validation.make_videos(
+        self.plan, self.stage, self.encode, self.autoencoder, self.step, self.workdir,
+        self.metrics, self.say, self.stop.asked,
+      )  # fmt: skip
+    except ValueError as e:  # is no reason to end training
+      self.say(f"There are no validation videos: {e}")
 
   def save(self, last: bool = False):
     """Begins to save a checkpoint, unless there is one of this step; a failure is told of.
@@ -248,6 +261,7 @@ class Run:
   def _begin(self) -> tuple[dict[str, Part], Any]:
     """Parts of a run that begins, and the weights below adapters."""
     plan = self.plan
+    self.metrics.resume(0)  # of a run that was killed before its first checkpoint
     trained = {name: weights.load_trained(plan, name) for name in plan.parts}
     base = None
     if plan.low is not None:
@@ -293,7 +307,8 @@ class Run:
       if stats:
         memory["peak_memory_bytes"] = stats["peak_bytes_in_use"]
       self.metrics.write(step, {
-        **means, **rates, **progress.figures(), **memory, "data/rejected": self.feed.rejected
+        **means, **rates, **progress.figures(), **memory, "data/rejected": self.feed.rejected,
+        "data/cut_prompts": self.feed.cut,
       })  # fmt: skip
       self._window.clear()
     for part, values in host.items():
@@ -365,20 +380,22 @@ def _preset(plan: Plan) -> str | None:
   return "hybrid" if plan.student.linear else "self_forcing"
 
 
-def _check_config(config: FrozenConfigDict, workdir: Path, begun: bool):
-  """ConfigError if a run that has begun is to go on under another config."""
-  path = workdir / "config.json"
-  if not begun or not path.exists():
+def _check_config(config: FrozenConfigDict, workdir: Path, note: Mapping[str, Any] | None):
+  """ConfigError if a run is to go on under another config than its newest checkpoint's."""
+  before = (note or {}).get("config")
+  if not isinstance(before, dict):
     return
   changed = [
     key
-    for key in configs.differences(configs.read(path), config)
+    for key in configs.differences(before, config)
     if key not in _FREE and key.partition(".")[0] not in _FREE_GROUPS
   ]
   if changed:
+    changed.sort(key=lambda key: key != "stage")
+    more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
     raise ConfigError(
       f"The run in {workdir} was begun with another config, which differs in "
-      f"{', '.join(changed[:10])}; go on with the same, or give another --workdir."
+      f"{', '.join(changed[:10])}{more}; go on with the same, or give another --workdir."
     )
 
 

@@ -52,6 +52,8 @@ class OptimizerConfig:
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"Adam's {name} is {getattr(self, name)}; it must lie in [0, 1).")
+    if not self.eps > 0:
+      raise ValueError(f"Adam's eps is {self.eps}; it must be above 0, such as 1e-8.")
     for name in ("rate", "warmup", "eps", "decay", "clip"):
       if not 0 <= getattr(self, name) < float("inf"):
         raise ValueError(f"The optimizer's {name} is {getattr(self, name)}; give at least 0.")

@@ -11,6 +11,8 @@ from ml_collections import FrozenConfigDict
 
 from hfjax import convert, parallel, pipeline
 from hfjax.convert import checkpoint
+from hfjax.diffusion import guidance as guiding
+from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.distill.objectives import Distillation, FlowMatching, Regression
 from hfjax.models import wan
 from hfjax.models.geometry import Geometry
@@ -155,13 +157,24 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
   for name in ("steps", "batch", "accumulate", "most_skipped"):
     if c[name] < 1:
       raise ConfigError(f"{name} is {c[name]}; it must be at least 1.")
-  for group, name in (("checkpoint", "every"), ("log", "every"), ("data", "made")):
+  for group, name in (
+    ("checkpoint", "every"), ("checkpoint", "keep"), ("log", "every"), ("data", "made"),
+  ):  # fmt: skip
     if c[group][name] < 1:
       raise ConfigError(f"{group}.{name} is {c[group][name]}; it must be at least 1.")
   if c.text.device not in ("default", "cpu"):
     raise ConfigError(f"text.device is {c.text.device!r}; choose default or cpu.")
   if c.data.on_bad not in ("skip", "fail"):
     raise ConfigError(f"data.on_bad is {c.data.on_bad!r}; choose skip or fail.")
+  for name, value in (("seed", c.seed), ("validation.seed", c.validation.seed)):
+    if not 0 <= value < 2**32:
+      raise ConfigError(f"{name} is {value}; give a whole number from 0 to 2^32 - 1.")
+  if c.data.prefetch < 0:
+    raise ConfigError(f"data.prefetch is {c.data.prefetch}; it must be at least 0.")
+  if c.teacher.dtype not in ("bfloat16", "float16", "float32"):
+    raise ConfigError(f"teacher.dtype is {c.teacher.dtype!r}; choose bfloat16 or float32.")
+  if c.init_ema and not c.init:
+    raise ConfigError("init_ema is set and init is not; say with init which run's averages.")
   if c.batch % c.accumulate:
     raise ConfigError(
       f"A batch of {c.batch} does not divide into {c.accumulate} parts; make batch a multiple of "
@@ -181,6 +194,11 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
     average = Average(c.ema.decay, -(-c.ema.start // every))
   low = None
   if c.lora.rank:
+    if not (0 < c.lora.rank <= student.dim and 0 <= c.lora.alpha < float("inf")):
+      raise ConfigError(
+        f"lora.rank is {c.lora.rank} and lora.alpha {c.lora.alpha}; give a rank from 1 to the "
+        f"model's width of {student.dim}, and an alpha of at least 0."
+      )
     low = Low(c.lora.rank, float(c.lora.alpha or c.lora.rank), tuple(c.lora.targets))
   common: dict[str, Any] = {
     "config": c, "mesh": mesh, "student": student, "stream": stream, "average": average,
@@ -234,11 +252,17 @@ def _checked(plan: Plan) -> Plan:
       f"The student makes latents of {plan.student.out_dim} channels, and the autoencoder in "
       f"{c.vae.weights} has {plan.vae.z_dim}; bring the two that were trained together."
     )
-  if c.validation.every < 0 or c.validation.frames < 1 or c.validation.fps < 1:
+  v = c.validation
+  if v.every < 0 or v.frames < 1 or not 1 <= v.fps <= 240:
     raise ConfigError(
-      "validation.every must be at least 0, validation.frames and validation.fps at least 1; they "
-      f"are {c.validation.every}, {c.validation.frames} and {c.validation.fps}."
+      "validation.every must be at least 0, validation.frames at least 1 and validation.fps from 1 "
+      f"to 240; they are {v.every}, {v.frames} and {v.fps}."
     )
+  if v.every and not all(isinstance(p, str) and p.strip() for p in v.prompts):
+    raise ConfigError(f"validation.prompts are {v.prompts}; say in words what videos show.")
+  # Those of validation videos, too.
+  MultistepSolver("unipc", c.flow.solver_steps, c.flow.shift)
+  guiding.count_texts(c.flow.guidance)
   for part in plan.parts:
     plan.part_shapes(part)  # finds targets of adapters that the model lacks
   return plan

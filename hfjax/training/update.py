@@ -107,6 +107,7 @@ def make_update(
     finite = jnp.isfinite(norm) & jnp.isfinite(figures["loss"])
     changes, opt = optimizer.update(grads, part.opt, part.params)
     params = optax.apply_updates(part.params, changes)
+    finite &= jnp.isfinite(optax.global_norm(params))  # what an update makes of finite gradients
     updates = part.updates + 1
     ema = part.ema
     if average is not None:

@@ -32,16 +32,21 @@ def make_videos(
   workdir: Path,
   metrics: Metrics,
   say: Callable[[str], None],
+  stop: Callable[[], bool] = lambda: False,
 ):
   """Writes a video and a contact sheet for each prompt, of weights and of their averages.
 
+  stop: whether to leave it, asked for after each chunk.
   They are `videos/step-000200-raw-0.mp4` and `.png`; sheets go to the metrics too. What cannot be
   written is told of, and training goes on.
   """
   kinds = {"raw": False} | ({"ema": True} if plan.average else {})
   for kind, averaged in kinds.items():
+    if stop() or not plan.config.validation.prompts:
+      return
     model = as_pipeline(plan, stage.student(averaged), encode, autoencoder)
-    previews, stems = _write(plan, model, workdir / "videos", f"step-{step:06d}-{kind}", say)
+    name = f"step-{step:06d}-{kind}"
+    previews, stems = _write(plan, model, workdir / "videos", name, say, stop)
     for number, (preview, stem) in enumerate(zip(previews, stems, strict=True)):
       if jax.process_index() == 0:
         sheet = preview.sheet()
@@ -49,7 +54,7 @@ def make_videos(
         _try(say, write_image, f"{stem}.png", sheet)
 
 
-def _write(plan: Plan, model: Pipeline, folder: Path, name: str, say):
+def _write(plan: Plan, model: Pipeline, folder: Path, name: str, say, stop):
   """Previews of the videos of all prompts, and the paths of their files without endings."""
   c, g = plan.config.validation, plan.stream.geometry
   prompts = list(c.prompts)
@@ -71,7 +76,7 @@ def _write(plan: Plan, model: Pipeline, folder: Path, name: str, say):
       preview.add(video)
     for writer, video in zip(writers, frames, strict=False):
       _try(say, writer.write, video)
-    if done >= wanted:
+    if done >= wanted or stop():
       break
   for writer in writers:
     _try(say, writer.close)

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from hfjax import convert as loading
+from hfjax.checksums import checksum
 from hfjax.convert import CheckpointError, checkpoint, dit, runs
 from hfjax.models import wan
 from hfjax.training import lora
@@ -229,6 +230,21 @@ def test_damage_of_the_newest_step_is_said_and_the_one_before_is_not_taken_for_i
   same(weights(tmp_path / "o"), flat(FIRST))
   DAMAGES["no item"](run / "checkpoints" / "10")
   assert "no other step of the run can be read" in refused(capsys, run, tmp_path / "o2")
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_numbers_that_are_not_those_that_were_saved_are_refused(tmp_path, averaged):
+  """As a disk may change them, which Orbax does not see."""
+  kept, item = {"student": FIRST, "ema": AVERAGE}, "ema" if averaged else "student"
+  sums = {name: checksum(tree) for name, tree in kept.items()}
+  damaged = jax.tree.map(np.copy, kept)
+  damaged[item]["head"]["modulation"].flat[3] += 1e-3
+  write(tmp_path / "good", {1: (kept, {"checksums": sums})})
+  write(tmp_path / "bad", {1: (damaged, {"checksums": sums})})
+  with pytest.warns(UserWarning, match="of step 1 were taken"):
+    same(flat(loading.load(tmp_path / "good", "dit", averaged=averaged).params), flat(kept[item]))
+  with pytest.raises(CheckpointError, match=f"damaged.*arrays of its {item} are not those"):
+    loading.load(tmp_path / "bad", "dit", averaged=averaged)
 
 
 def test_an_unfinished_step_is_not_seen(run):

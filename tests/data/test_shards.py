@@ -168,7 +168,7 @@ def some_bad(start, stop, reject):
 
 
 def test_bad_examples_are_left_out_and_remembered(tmp_path):
-  with pytest.raises(DataError, match="1 is odd.*on_bad=skip"):
+  with pytest.raises(DataError, match="1 is odd.*on_bad to skip"):
     shards.write(tmp_path / "a", plan(), some_bad)
   for attempt in range(2):  # the second only reads what the first has noted
     written = shards.write(tmp_path / "a", plan(), [some_bad, None][attempt], on_bad="skip")

@@ -108,7 +108,7 @@ def test_clips_that_cannot_be_used_are_named_and_left_out(folder, tmp_path):
   told = "\n".join(written.rejects.first)
   for name in ("broken.mp4", "cut.mp4", "short.mp4 has 5 frames", "gone.mp4 is not there"):
     assert name in told
-  with pytest.raises(DataError, match=r"broken.mp4 .*on_bad=skip"):
+  with pytest.raises(DataError, match=r"broken.mp4 .*on_bad to skip"):
     write(tmp_path / "again", folder, clips)
 
 

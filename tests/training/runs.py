@@ -22,7 +22,7 @@ from hfjax.training.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = WanConfig(
-  dim=16, ffn_dim=16, heads=2, layers=1, in_dim=4, out_dim=4, text_dim=12, text_len=6, freq_dim=16
+  dim=16, ffn_dim=16, heads=2, layers=1, in_dim=4, out_dim=4, text_dim=12, text_len=8, freq_dim=16
 )
 STEPS = 7
 RATE, WARMUP, DECAY, START = 0.01, 2, 0.5, 3

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from hfjax import checksums
 from hfjax.training.checkpoints import (
   CheckpointFailed,
   CheckpointMismatch,
@@ -368,11 +369,9 @@ def _oracle(x):
   "dtype", [np.float32, ml_dtypes.bfloat16, np.int8, np.uint32, bool, np.int64, np.float64]
 )
 def test_sums_are_those_of_the_bytes(dtype):
-  from hfjax.training import checkpoints
-
   x = (np.random.default_rng(0).normal(size=(3, 5, 2)) * 50).astype(dtype)
   for array in (x, x[0], x[:0], x[1, 1, 1]):
-    found = checkpoints._sum(checkpoints._words(array))
+    found = checksums._sum(checksums._words(array))
     assert int(found) == _oracle(array)
 
 

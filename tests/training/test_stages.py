@@ -141,7 +141,7 @@ def draw(p, name):
 def test_all_stages_in_a_row(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   for name, options in CHAIN.items():
-    more = [f"--config.{x.format(tmp_path)}" for x in options]
+    more = [f"--config.{x.format('.')}" for x in options]
     command = [f"--config={ROOT}/configs/smoke_{name}.py", f"--workdir={name}", "--quiet", *more]
     assert train.main(command) == 0, capsys.readouterr().err
     out, error = capsys.readouterr()
@@ -163,7 +163,7 @@ def test_all_stages_in_a_row(tmp_path, monkeypatch, capsys):
       assert read_image(f"{name}/videos/{stem}.png").size
     # A second call has nothing to do.
     assert train.main(command) == 0
-    words = f"{name} has made all {steps} steps; raise steps to go on."
+    words = f"{name} has made {steps} steps, and steps is {steps}; raise it to go on."
     assert capsys.readouterr().err.splitlines() == [words]
   check_samples(tmp_path, capsys)
 

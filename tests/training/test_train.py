@@ -12,6 +12,7 @@ import pytest
 
 from hfjax import convert, train
 from hfjax.data import trajectories
+from hfjax.data.rejects import DataError
 from hfjax.models import wan
 from hfjax.training import config, loop, lora, plan, weights
 from hfjax.training.checkpoints import Checkpoints
@@ -72,7 +73,7 @@ def test_every_step_has_its_figures(whole):
   assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
   names = "loss unweighted_loss gradient_norm parameter_norm ema_distance updates skipped in_row"
   want = {f"student/{name}" for name in [*names.split(), "learning_rate"]}
-  assert all({*row} == {"step", "data/rejected", *want} for row in rows)
+  assert all({*row} == {"step", "data/rejected", "data/cut_prompts", *want} for row in rows)
   assert all(math.isfinite(x) for row in rows for x in row.values())
   assert [row["student/updates"] for row in rows] == [row["step"] for row in rows]
   lines = (whole[0] / "metrics.jsonl").read_text().splitlines()
@@ -155,7 +156,7 @@ def test_ctrl_c_stops_after_a_step_or_at_once(tmp_path, capsys, times, step):
     assert flow(tmp_path) == 130
   assert signal.getsignal(signal.SIGINT) == before
   assert saved(tmp_path)[-1] == step
-  last = "the same command goes on." if times == 1 else "the last checkpoint is whole."
+  last = "the same command goes on." if times == 1 else "what was saved before is whole."
   assert said(capsys)[-1].endswith(last)
 
 
@@ -190,7 +191,9 @@ def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(whole, tmp_path, ca
 def test_a_finished_run_says_so(whole, capsys, steps):
   before = (whole[0] / "metrics.jsonl").read_bytes()
   assert flow(whole[0], f"--config.steps={steps}", "--config.log.every=2") == 0
-  assert said(capsys) == [f"{whole[0]} has made all {steps} steps; raise steps to go on."]
+  assert said(capsys) == [
+    f"{whole[0]} has made {STEPS} steps, and steps is {steps}; raise it to go on."
+  ]
   assert (whole[0] / "metrics.jsonl").read_bytes() == before
 
 
@@ -316,6 +319,48 @@ def test_another_config_is_refused_and_changes_nothing(whole, capsys):
   assert (whole[0] / "config.json").read_bytes() == before
 
 
+def test_the_config_of_the_checkpoint_counts_whatever_lies_beside_it(whole, tmp_path, capsys):
+  folder = tmp_path / "run"
+  shutil.copytree(whole[0], folder)
+  (folder / "config.json").write_text("{")
+  assert flow(folder, "--config.flow.frames=1", "--config.steps=9") == 2
+  assert "differs in flow.frames" in said(capsys)[-1]
+
+
+def test_figures_of_a_run_that_left_no_checkpoint_are_forgotten(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0.0}\n{"step": 2, "time": 0.0}\n')
+  assert flow(tmp_path, "--config.steps=2") == 0
+  assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+  assert all("student/loss" in row for row in metrics(tmp_path))
+
+
+def test_what_was_learnt_before_the_data_fail_is_kept(tmp_path, capsys):
+  def fail(step, batch):
+    if step == 3:
+      raise DataError("Example 7 cannot be read.")
+
+  with each_batch(fail):
+    assert flow(tmp_path, "--config.checkpoint.every=100") == 1
+  assert said(capsys)[-1] == "train: Example 7 cannot be read."
+  assert saved(tmp_path) == [2]
+
+
+@pytest.mark.parametrize(
+  ("more", "words"),
+  [
+    ("validation.seed=-1", "validation.seed is -1"), ("seed=-1", "seed is -1"),
+    ("validation.fps=100000", "validation.fps from 1 to 240"), ("checkpoint.keep=0", "keep is 0"),
+    ("data.prefetch=-1", "prefetch is -1"), ("flow.guidance=-3.0", "guidance"),
+    ("flow.solver_steps=0", "steps"), ("flow.shift=0.0", "shift is 0"),
+    ("optimizer.eps=0.0", "eps is 0"), ("teacher.dtype=foo", "teacher.dtype is 'foo'"),
+    ("init_ema=True", "init is not"), ("lora.rank=100000", "lora.rank is 100000"),
+  ],
+)  # fmt: skip
+def test_values_that_would_fail_late_are_refused_at_once(tmp_path, capsys, more, words):
+  assert flow(tmp_path / "run", f"--config.{more}") == 2
+  assert words in said(capsys)[-1] and not (tmp_path / "run").exists()
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
   with (tmp_path / ".lock").open("a") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -438,7 +483,7 @@ def test_bad_examples_are_told_of_once_and_left_out(tmp_path, capsys):
   assert len(told) == 1 and told[0].endswith("has an empty prompt. It is left out.")
   assert metrics(tmp_path / "skips")[-1]["data/rejected"] == 1
   assert flow(tmp_path / "fails", data, "--config.data.on_bad=fail") == 1
-  assert "has an empty prompt. Mend that, or leave such examples out" in said(capsys)[-1]
+  assert "has an empty prompt. Mend that, or set on_bad to skip" in said(capsys)[-1]
 
 
 @pytest.mark.parametrize("shift", [5.0, 3.0])

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hfjax import parallel
@@ -152,6 +153,16 @@ def test_what_is_not_finite_changes_nothing(bad):
   part, figures = update(part, FIXED, batch(3), KEY)
   assert figures["finite"] and (part.skipped, part.in_row, part.updates) == (2, 0, 2)
   near(part.params, by_hand(CONFIG, AVERAGE, [batch(1), batch(3)])[1][0])
+
+
+def test_what_finite_gradients_make_must_be_finite_too():
+  mesh = parallel.make_mesh(1, jax.devices()[:1])
+  spoils = optax.chain(optax.scale(jnp.inf))
+  part = init_part({"matrix": jnp.ones((6, 4)), "bias": jnp.ones(4)}, spoils, None)
+  update = make_update(loss, spoils, None, mesh, jax.eval_shape(lambda: part))
+  part, figures = update(part, FIXED, batch(1), KEY)
+  assert np.isfinite(figures["gradient_norm"]) and not figures["finite"]
+  assert part.skipped == 1 and np.all(part.params["matrix"] == 1)
 
 
 @pytest.mark.parametrize("bad", ["offset", "factor"])
