@@ -31,9 +31,7 @@ class Rejects:
     key: of the example, if it may come again, and then counts once.
     """
     if self.on_bad == "fail":
-      raise DataError(
-        f"{sentence} Mend that, or set on_bad to skip, to leave such ones out."
-      )
+      raise DataError(f"{sentence} Mend that, or set on_bad to skip, to leave such ones out.")
     with self._lock:
       if key is not None and key in self._seen:
         return False
