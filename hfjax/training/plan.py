@@ -182,7 +182,10 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
     )
   mesh = parallel.make_mesh(c.compute.fsdp)
   parallel.check_batch(mesh, c.batch // c.accumulate)
-  student = dataclasses.replace(architecture(c.init or c.student.weights), linear=c.student.linear)
+  student = dataclasses.replace(
+    architecture(c.init or c.student.weights, "init" if c.init else "student.weights"),
+    linear=c.student.linear,
+  )
   stream = StreamConfig(
     student, Geometry(patch=student.patch, **dict(c.geometry)), remat=c.compute.remat,
     dtype=c.compute.dtype, backend=c.compute.backend, **dict(c.denoising),
@@ -223,11 +226,12 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
         f"ode.frames is {c.ode.frames}; give a multiple of the chunk of {stream.geometry.chunk}"
         f"{', plus 1 for the clean frame' if alone else ''}."
       )
-    teacher = architecture(c.teacher.weights) if c.data.path == "made" else None
+    teacher = architecture(c.teacher.weights, "teacher.weights") if c.data.path == "made" else None
     return _checked(
       Plan(objective=Regression(stream, c.ode.first_clean), teacher=teacher, **common)
     )
-  critic, teacher = architecture(c.critic.weights), architecture(c.teacher.weights)
+  critic = architecture(c.critic.weights, "critic.weights")
+  teacher = architecture(c.teacher.weights, "teacher.weights")
   options = {k: v for k, v in c.distill.items() if k != "generator_every"}
   options["reflow_stop"] = options["reflow_stop"] or None
   options["score_shift"] = options["score_shift"] or None
@@ -268,11 +272,17 @@ def _checked(plan: Plan) -> Plan:
   return plan
 
 
-def architecture(weights: str) -> WanConfig:
-  """Of the transformer in a folder of weights, or of random ones; CheckpointError without one."""
+def architecture(weights: str, key: str) -> WanConfig:
+  """Of the transformer in a folder of weights, or of random ones.
+
+  key: of the config, by which they were given. Raises CheckpointError, which names it, without one.
+  """
   if weights.startswith(RANDOM):
     return pipeline.named_preset(weights.removeprefix(RANDOM))
-  return checkpoint.open_parts(convert.locate(weights), "dit")[0].config
+  try:
+    return checkpoint.open_parts(convert.locate(weights), "dit")[0].config
+  except convert.CheckpointError as e:
+    raise convert.CheckpointError(f"{key} of the config cannot be used. {e}") from e
 
 
 def vae_architecture(weights: str) -> VaeConfig | None:
