@@ -8,24 +8,12 @@ loss falls from 1.3 to 0.5; videos show coloured noise, as the autoencoder is ra
 
 from ml_collections import ConfigDict
 
-from hfjax.training.defaults import default_config
+from hfjax.training.defaults import small_config
 
 
 def get_config() -> ConfigDict:
-  c = default_config()
+  c = small_config()
   c.stage = "flow"
-  c.student.weights = "random:tiny"
-  c.critic.weights = "random:tiny"
-  c.teacher.weights = "random:tiny"
-  c.text.weights = "random:tiny"
-  c.vae.weights = "random:tiny"
-  c.data.path = "made"
-  c.geometry.height = 4
-  c.geometry.width = 6
-  c.geometry.block = 4
-  c.compute.dtype = "float32"
-  c.batch = 2
-  c.validation.frames = 7
   c.steps = 60
   c.batch = 4
   c.flow.frames = 6

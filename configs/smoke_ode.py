@@ -9,26 +9,13 @@ with two cores and 2 GB of memory.
 
 from ml_collections import ConfigDict
 
-from hfjax.training.defaults import default_config
+from hfjax.training.defaults import small_config
 
 
 def get_config() -> ConfigDict:
-  c = default_config()
+  c = small_config()
   c.stage = "ode"
-  c.student.weights = "random:tiny"
-  c.critic.weights = "random:tiny"
-  c.teacher.weights = "random:tiny"
-  c.text.weights = "random:tiny"
-  c.vae.weights = "random:tiny"
-  c.data.path = "made"
-  c.geometry.height = 4
-  c.geometry.width = 6
-  c.geometry.block = 4
-  c.compute.dtype = "float32"
-  c.batch = 2
-  c.validation.frames = 7
   c.steps = 20
-  c.denoising.steps = (1000.0, 500.0)
   c.ode.frames = 6
   c.data.made = 8
   c.data.teacher_steps = 8

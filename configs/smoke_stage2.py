@@ -10,36 +10,19 @@ two cores and 2 GB of memory, most of them to compile.
 
 from ml_collections import ConfigDict
 
-from hfjax.training.defaults import default_config
+from hfjax.training.defaults import small_config
 
 
 def get_config() -> ConfigDict:
-  c = default_config()
+  c = small_config()
   c.stage = "hybrid"
-  c.student.weights = "random:tiny"
-  c.critic.weights = "random:tiny"
-  c.teacher.weights = "random:tiny"
-  c.text.weights = "random:tiny"
-  c.vae.weights = "random:tiny"
-  c.data.path = "made"
-  c.geometry.height = 4
-  c.geometry.width = 6
-  c.geometry.block = 4
-  c.compute.dtype = "float32"
-  c.batch = 2
-  c.validation.frames = 7
   c.student.linear = True
   c.geometry.variant = "paper"
   c.geometry.window = 6
   c.geometry.sink = 1
   c.geometry.ratio = 0.5
   c.steps = 8
-  c.denoising.steps = (1000.0, 500.0)
-  c.distill.last = 2
-  c.distill.most = 4
-  c.distill.generator_every = 2
   c.optimizer.rate = 1e-4
-  c.critic_optimizer.rate = 1e-4
   c.ema.decay = 0.9
   c.ema.start = 2
   c.checkpoint.every = 4

@@ -1,6 +1,8 @@
 """Small models with parameters of realistic size, and streams of them."""
 
 import contextlib
+import resource
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +96,16 @@ def interleave(x):
   """Channel pairs from halves to neighbours, the order of published weights."""
   a, b = jnp.split(jnp.asarray(x), 2, axis=-1)
   return jnp.stack([a, b], axis=-1).reshape(x.shape)
+
+
+@contextlib.contextmanager
+def files_at_most(count):
+  """No file of this process grows beyond so many bytes: as on a disk that fills up."""
+  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)

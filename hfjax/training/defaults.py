@@ -131,6 +131,26 @@ def default_config() -> ConfigDict:
   return c
 
 
+def small_config() -> ConfigDict:
+  """The defaults with tiny random networks, rollouts and latents, and data made on the spot."""
+  c = default_config()
+  for network in (c.student, c.critic, c.teacher, c.text, c.vae):
+    network.weights = "random:tiny"
+  c.data.path = "made"
+  c.geometry.height = 4
+  c.geometry.width = 6
+  c.geometry.block = 4
+  c.compute.dtype = "float32"
+  c.batch = 2
+  c.validation.frames = 7
+  c.denoising.steps = (1000.0, 500.0)
+  c.distill.last = 2
+  c.distill.most = 4
+  c.distill.generator_every = 2
+  c.critic_optimizer.rate = 1e-4
+  return c
+
+
 def _optimizer(rate: float) -> ConfigDict:
   """See training.optimizers."""
   c = ConfigDict()

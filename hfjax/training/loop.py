@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import FrozenConfigDict
 
+from hfjax import parallel
 from hfjax.convert import runs
 from hfjax.convert.source import CheckpointError
 from hfjax.data.rejects import DataError
@@ -33,7 +34,7 @@ from hfjax.training.metrics import Metrics
 from hfjax.training.plan import Plan
 from hfjax.training.progress import Progress
 from hfjax.training.stages import Stage
-from hfjax.training.update import COUNTS, Part
+from hfjax.training.update import COUNTS, Part, init_part
 
 # What a run may change when it goes on.
 _FREE = ("steps", "most_skipped", "init", "init_ema", "data.prefetch", "text.device")
@@ -327,9 +328,6 @@ class Run:
 
 def _part(plan: Plan, name: str, params: Any) -> Part:
   """A part that was not updated yet, where it shall lie."""
-  from hfjax import parallel
-  from hfjax.training.update import init_part
-
   make = lambda p: init_part(p, plan.optimizer_of(name), plan.average_of(name))
   where = parallel.shardings(plan.mesh, plan.part_shapes(name))
   return jax.jit(make, out_shardings=where, donate_argnums=0)(params)

@@ -46,8 +46,9 @@ def fit(params: dict[str, Any], like: Any) -> dict[str, Any]:
   """Parameters with or without the linear branch's projection, as `like` has it."""
   attention = dict(params["blocks"]["self_attn"])
   want = like["blocks"]["self_attn"].get(_LINEAR)
-  attention.pop(_LINEAR, None) if want is None else None
-  if want is not None and _LINEAR not in attention:
+  if want is None:
+    attention.pop(_LINEAR, None)
+  elif _LINEAR not in attention:
     make = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
     attention[_LINEAR] = jax.tree.map(make, want)
   return {**params, "blocks": {**params["blocks"], "self_attn": attention}}

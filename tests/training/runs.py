@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import resource
 import signal
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from hfjax import train
 from hfjax.data import shards
 from hfjax.models.presets import PRESETS, WanConfig
 from hfjax.streaming.trees import named
+from hfjax.training import config, plan
 from hfjax.training.feed import Feed
 from hfjax.training.stages import Stage
 
@@ -85,6 +85,10 @@ def flow(workdir, *more):
   return train.main([*FLOW, f"--workdir={workdir}", *more])
 
 
+def planned(*more):
+  return plan.make_plan(config.parse([*FLOW, "--workdir=unused", *more]).config)
+
+
 @contextlib.contextmanager
 def each_batch(act):
   """Calls `act(number, batch)`, counted from 1 in each run, on what the run is fed."""
@@ -138,19 +142,6 @@ def assert_same_arrays(got, want):
   assert got.keys() == want.keys()
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
-
-
-@contextlib.contextmanager
-def files_at_most(count):
-  """No file of this process grows beyond so many bytes: as on a disk that fills up."""
-  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
 
 
 def videos(folder, frames=2, channels=4, prompts=("a", "b", "c", "d"), context=None):

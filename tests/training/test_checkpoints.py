@@ -4,9 +4,7 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -29,6 +27,7 @@ from hfjax.training.checkpoints import (
   Checkpoints,
   checksum,
 )
+from tests.helpers import files_at_most
 
 pytestmark = [
   # pytest undoes what the module does about these.
@@ -59,19 +58,6 @@ def same(a, b):
 
 def like(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-@contextlib.contextmanager
-def files_at_most(count):
-  """No file of this process grows beyond so many bytes: as on a disk that fills up."""
-  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
 
 
 def largest(folder):

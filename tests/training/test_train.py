@@ -10,16 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from hfjax import convert, train
-from hfjax.data import trajectories
+from hfjax import convert
 from hfjax.data.rejects import DataError
 from hfjax.models import wan
-from hfjax.training import config, loop, lora, plan, weights
+from hfjax.training import lora, weights
 from hfjax.training.checkpoints import Checkpoints
-from hfjax.training.feed import Feed
+from tests.helpers import files_at_most
 from tests.training.runs import (
   DECAY,
-  FLOW,
   RATE,
   SMALL,
   START,
@@ -29,16 +27,15 @@ from tests.training.runs import (
   asks,
   assert_same_arrays,
   each_batch,
-  files_at_most,
   flow,
   metrics,
+  planned,
   said,
   saved,
   small_programs,
   videos,
 )
 
-TEXT = SMALL.text_len, SMALL.text_dim
 ADAPTERS = "--config.lora.rank=2"
 
 
@@ -55,14 +52,6 @@ def whole(tmp_path_factory):
   with each_batch(lambda _, batch: fed.append(np.asarray(batch["latents"]))):
     assert flow(folder) == 0
   return folder, fed
-
-
-def stages_config(stage, *more):
-  return [x.replace("smoke_flow", f"smoke_{stage}") for x in FLOW] + [*more]
-
-
-def planned(*more):
-  return plan.make_plan(config.parse([*FLOW, "--workdir=unused", *more]).config)
 
 
 # What a run leaves behind
@@ -434,73 +423,3 @@ def test_adapters_alone_are_trained(whole, tmp_path, capsys):
 def test_a_run_with_adapters_goes_on_with_them(whole, capsys):
   assert flow(whole[0], ADAPTERS) == 2
   assert "differs in lora.rank;" in said(capsys)[-1]
-
-
-# Data
-
-
-def test_contexts_of_the_data_are_used_instead_of_the_encoder(tmp_path, monkeypatch):
-  data = videos(tmp_path / "data", context=SMALL.text_dim)
-  p = planned(data, "--config.text.negative=none")
-  asked, encode = [], weights.Encoder(p).encode
-
-  class Spy:
-    model, loaded = encode.model, "weights"
-
-    def __call__(self, prompts):
-      asked.append(prompts)
-      self.loaded = "weights"
-      return encode(prompts)
-
-  spy = Spy()
-  monkeypatch.setattr(weights.contexts, "text_encoder", lambda *args: spy)
-  with (
-    loop.Stop(print) as stop,
-    Checkpoints(tmp_path / "run/checkpoints") as checkpoints,
-    loop.Metrics(tmp_path / "run", tensorboard=False) as figures,
-  ):
-    run = loop.Run(p, tmp_path / "run", checkpoints, figures, stop, print)
-    seen = [run.feed() for _ in range(2)]
-  assert asked == [["none"]] and "loaded" not in vars(spy)
-  contexts = np.concatenate([np.asarray(batch["texts"].context[0]) for batch in seen])
-  values = np.concatenate([np.asarray(batch["latents"][0]) for batch in seen])[:, 0, 0, 0, 0] * 8
-  assert sorted(values) == [0, 1, 2, 3]
-  for row, value in zip(contexts, values, strict=True):
-    want = np.zeros(TEXT)
-    want[: int(value) + 1] = value + 1
-    np.testing.assert_array_equal(row, want)
-
-
-def test_contexts_of_another_encoder_are_refused(tmp_path, capsys):
-  assert flow(tmp_path / "run", videos(tmp_path / "data", context=7)) == 1
-  assert "The contexts of the data are 7 wide, and the student takes 12" in said(capsys)[-1]
-
-
-def test_bad_examples_are_told_of_once_and_left_out(tmp_path, capsys):
-  data = videos(tmp_path / "data", prompts=(" ", "b", "c", "d"))
-  assert flow(tmp_path / "skips", data) == 0
-  told = [line for line in said(capsys) if "left out" in line]
-  assert len(told) == 1 and told[0].endswith("has an empty prompt. It is left out.")
-  assert metrics(tmp_path / "skips")[-1]["data/rejected"] == 1
-  assert flow(tmp_path / "fails", data, "--config.data.on_bad=fail") == 1
-  assert "has an empty prompt. Mend that, or set on_bad to skip" in said(capsys)[-1]
-
-
-@pytest.mark.parametrize("shift", [5.0, 3.0])
-def test_trajectories_at_other_times_are_refused(tmp_path, capsys, shift):
-  shape, folder = (3, 4, 6, 4), tmp_path / "data"
-  recipe = trajectories.Recipe(shape, (1000, 500), 8, shift)
-  trace = lambda noise, context: np.zeros((len(noise), 3, *shape), np.float32)
-  encode = lambda prompts: np.ones((len(prompts), *TEXT), np.float32)
-  trajectories.write(folder, ["a", "b"], encode, trace, recipe)
-  more = ["--config.ode.frames=3", f"--config.data.path={folder}"]
-  argv = stages_config("ode", f"--workdir={tmp_path / 'run'}", *more)
-  argv = [x for x in argv if ".flow." not in x]
-  if shift == 5:
-    p = plan.make_plan(config.parse(argv).config)
-    feed = Feed(p, weights.Encoder(p), tmp_path, print)
-    assert feed()["trajectory"].shape == (1, 2, 3, *shape)
-    return
-  assert train.main(argv) == 1
-  (line,) = said(capsys)
-  assert "are at the timesteps [1000.0, 750.0, 0.0], and the student's are [1000.0, 833.3" in line
