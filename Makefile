@@ -26,10 +26,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist wo
 
 setup: $(RUN_STAMP)
 
-sample:
-	@echo "make sample: there are no weights yet; see noise with" >&2
-	@echo "  $(BIN)/python -m hfjax.sample --weights=random:tiny --size=160x96 --prompt='a red square'" >&2
-	@exit 1
+sample: $(RUN_STAMP)
+	$(BIN)/python -m hfjax.sample --preview $(ARGS)
 
 test: $(DEV_STAMP)
 	$(PYTEST) $(ARGS)

@@ -15,12 +15,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hfjax import convert, text
+from hfjax.convert import stored
 from hfjax.models import sampling_presets, taehv, umt5, vae, wan
 from hfjax.models.presets import PRESETS, WanConfig
 from hfjax.streaming.pixels import Autoencoder
+from hfjax.streaming.stream import default_dtype
 
 # By the names that people give: the model of convert.load, and its network.
 AUTOENCODERS = {"full": ("vae", vae), "tiny": ("taehv", taehv)}
+# Where the model lies that comes with hfjax, of the shapes world.
+EMBEDDED = Path(__file__).resolve().parent / "assets" / "tiny"
 
 
 class EncodesText(Protocol):
@@ -68,7 +72,7 @@ class TextEncoder:
         f"The tokenizer in {self.path} has {self.tokenizer.vocab} ids, and the text encoder knows "
         f"{loaded.config.vocab}; use the tokenizer that the encoder was trained with."
       )
-    return loaded
+    return loaded._replace(params=_unbound(loaded.params))
 
   def __call__(self, prompts: Sequence[str]) -> Float[Array, "b t w"]:
     tokens = self.tokenizer(prompts)
@@ -76,7 +80,7 @@ class TextEncoder:
 
   def surplus(self, prompt: str) -> int:
     """Tokens of a prompt that are cut off, as there is no room for them."""
-    return max(0, len(self.tokenizer.split(text.clean(prompt))) + 1 - self.tokenizer.text_len)
+    return self.tokenizer.surplus(prompt)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -104,21 +108,24 @@ class RandomText:
     return max(0, len(text.clean(prompt).split()) - self.model.text_len)
 
 
-def load(path_or_hub_id: str | Path, autoencoder: str = "full", dtype: Any = None) -> Pipeline:
+def load(
+  path_or_hub_id: str | Path | None = None, autoencoder: str = "full", dtype: Any = None
+) -> Pipeline:
   """A pipeline from a folder of weights, from the Hub, or with random ones: "random:hybrid-1.3b".
 
-  autoencoder: "full" or "tiny". dtype: of the weights and of text encoder and autoencoder, bfloat16
-  by default.
+  path_or_hub_id: the model that comes with hfjax by default. autoencoder: "full" or "tiny".
+  dtype: of the weights and of text encoder and autoencoder; see `stream.default_dtype`.
 
   Raises CheckpointError on what cannot be loaded, or does not fit together.
   """
   _check_kind(autoencoder)
-  dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
-  name = str(path_or_hub_id)
+  dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
+  name = str(embedded() if path_or_hub_id is None else path_or_hub_id)
   if name.startswith("random:"):
     return _random(name.removeprefix("random:"), autoencoder, dtype)
-  path = convert.locate(path_or_hub_id)
+  path = convert.locate(name)
   config, params, variant, preset = convert.load(path, "dit", dtype=dtype)
+  params = _unbound(params)
   assert preset is not None  # every transformer has one
   decoder = load_autoencoder(path, autoencoder, dtype)
   _check_latents(path, config, decoder.config)
@@ -134,13 +141,44 @@ def load_autoencoder(
 ) -> Autoencoder:
   """The autoencoder alone; see `load`."""
   _check_kind(autoencoder)
-  dtype = jnp.dtype(jnp.bfloat16 if dtype is None else dtype)
+  dtype = jnp.dtype(default_dtype() if dtype is None else dtype)
   name = str(path_or_hub_id)
   if name.startswith("random:"):
     return _random_autoencoder(named_preset(name.removeprefix("random:")), autoencoder, dtype)
   kind, _ = AUTOENCODERS[autoencoder]
   loaded = convert.load(path_or_hub_id, kind, dtype=dtype)
-  return Autoencoder(kind, loaded.config, loaded.params, dtype)
+  return Autoencoder(kind, loaded.config, _unbound(loaded.params), dtype)
+
+
+def embedded() -> Path:
+  """Folder of the model that comes with hfjax; CheckpointError if it did not come."""
+  if not (EMBEDDED / "dit").is_dir():
+    raise convert.CheckpointError(
+      f"The model that comes with hfjax is not there ({EMBEDDED}); install hfjax anew, or name "
+      "weights: a folder that tools/convert_checkpoint.py wrote, or random:tiny for noise."
+    )
+  return EMBEDDED
+
+
+def recorded_preset(path_or_hub_id: str | Path) -> str | None:
+  """The preset that weights name; None if it takes their tensors to tell, as `load` does."""
+  name = str(path_or_hub_id)
+  if name.startswith("random:"):
+    return _random_preset(named_preset(name.removeprefix("random:")))
+  path = convert.locate(name)
+  folder = stored.hfjax_models(path).get("dit") if path.is_dir() else None
+  return None if folder is None else stored.read_config(folder)[2].get("preset")
+
+
+def _unbound(params: Any) -> Any:
+  """On processors, arrays that are not bound to their device; others as they are.
+
+  What loading places is bound, and so is what is made of it, but not the state that a stream begins
+  with: its programs would be compiled for the first chunk, and once more for all others.
+  """
+  if jax.default_backend() != "cpu":  # where this would copy by way of the host
+    return params
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
 
 
 def _check_kind(autoencoder: str):
@@ -164,6 +202,8 @@ _SMALL = {
   "taehv": taehv.TaehvConfig(encoder_dim=8, decoder_dims=(16, 8, 8, 8), memory_blocks=1),
 }
 _FULL = {"vae": vae.WAN21, "taehv": taehv.TAEHV}
+# Of the model of the shapes world; statistics of its latents are measured when it is trained.
+SHAPES_VAE = vae.VaeConfig(dim=16, z_dim=16, mean=(0.0,) * 16, std=(1.0,) * 16, num_res_blocks=1)
 
 
 def named_preset(name: str) -> WanConfig:
@@ -178,13 +218,18 @@ def named_preset(name: str) -> WanConfig:
 
 def named_vae(name: str) -> vae.VaeConfig:
   """Architecture of the full autoencoder that goes with a named transformer."""
-  sizes: Any = _SMALL if named_preset(name).dim < 512 else _FULL
-  return sizes["vae"]
+  return _sizes(named_preset(name))["vae"]
+
+
+def _sizes(config: WanConfig) -> dict[str, Any]:
+  if config == PRESETS["shapes"]:
+    return {**_SMALL, "vae": SHAPES_VAE}
+  return _SMALL if config.dim < 512 else _FULL
 
 
 def _random_autoencoder(config: WanConfig, autoencoder: str, dtype: Any) -> Autoencoder:
   kind, network = AUTOENCODERS[autoencoder]
-  sizes = (_SMALL if config.dim < 512 else _FULL)[kind]
+  sizes = _sizes(config)[kind]
   return Autoencoder(kind, sizes, draw_params(network.init_params, sizes, dtype), dtype)
 
 
@@ -197,8 +242,12 @@ def _random(name: str, autoencoder: str, dtype: Any) -> Pipeline:
     variant,
     RandomText(config),
     _random_autoencoder(config, autoencoder, dtype),
-    sampling_presets.infer(config.linear)[0],
+    _random_preset(config),
   )
+
+
+def _random_preset(config: WanConfig) -> str:
+  return "shapes" if config == PRESETS["shapes"] else sampling_presets.infer(config.linear)[0]
 
 
 def draw_params(init, sizes, dtype):

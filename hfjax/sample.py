@@ -1,5 +1,8 @@
 """Makes videos from prompts: `python -m hfjax.sample --weights=DIR --prompt="..."`.
 
+Without --weights, the small model that comes with hfjax makes them, which knows moving shapes:
+`--prompt="a small red ball moves left while a large blue star spins, on stripes"`.
+
 Each video is written while it is made, and can be watched meanwhile. Ctrl-C ends it after the chunk
 that is under way, and says how to go on; a second one stops at once. Beside each video lies a JSON
 file that says how it was made.

@@ -17,6 +17,7 @@ from jaxtyping import Int
 PAD, EOS = 0, 1
 _EOS_PIECE = "</s>"
 # Where checkpoints keep the tokenizer: the published ones, those of Diffusers, and the folder.
+FILES = ("tokenizer.json", "spiece.model")
 _FOLDERS = ("google/umt5-xxl", "tokenizer", ".")
 
 
@@ -62,7 +63,7 @@ class Tokenizer:
     Raises FileNotFoundError if there is none, ValueError if its file is broken, is another model's
     or has ids that the encoder lacks.
     """
-    path = _find(Path(folder))
+    path = find(Path(folder))
     split, size = (_read_json if path.suffix == ".json" else _read_pieces)(path)
     if vocab is not None and size > vocab:
       raise ValueError(
@@ -90,13 +91,18 @@ class Tokenizer:
       length[n] = len(row)
     return Tokens(ids, length)
 
+  def surplus(self, prompt: str) -> int:
+    """Tokens of a prompt that are cut off, as there is no room for them."""
+    return max(0, len(self.split(clean(prompt))) + 1 - self.text_len)
 
-def _find(folder: Path) -> Path:
+
+def find(folder: Path) -> Path:
+  """The tokenizer's file in a checkpoint's folder; FileNotFoundError if there is none."""
   if not folder.is_dir():
     raise FileNotFoundError(
       f"There is no folder {folder} to read the tokenizer from; give the checkpoint's folder."
     )
-  paths = [folder / f / name for f in _FOLDERS for name in ("tokenizer.json", "spiece.model")]
+  paths = [folder / f / name for f in _FOLDERS for name in FILES]
   found = next((p for p in paths if p.is_file()), None)
   if found is None:
     raise FileNotFoundError(

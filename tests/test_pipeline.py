@@ -88,10 +88,13 @@ def test_the_text_encoder_is_the_folders(weights):
   assert p.encode.surplus("a red") == 0 and p.encode.surplus("red " * 600) == 600 + 1 - 512
 
 
-def test_weights_come_in_the_dtype_that_is_asked_for(weights):
-  p = pipeline.load(weights)
+@pytest.mark.parametrize(
+  ("given", "want"), [("bfloat16", "bfloat16"), ("float32", "float32"), (None, "float32")]
+)
+def test_weights_come_in_the_dtype_that_is_asked_for(weights, given, want):
+  p = pipeline.load(weights, dtype=given)  # on a processor
   leaves = jax.tree.leaves([p.params, p.autoencoder.params, p.encode.loaded.params])
-  assert {x.dtype for x in leaves} == {jnp.dtype(jnp.bfloat16)}
+  assert {x.dtype for x in leaves} == {jnp.dtype(want)} and p.autoencoder.dtype == want
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,11 @@ def test_files_that_are_named_exist():
       assert (ROOT / path).exists(), path
 
 
-def test_make_sample_says_what_is_missing():
-  run = subprocess.run(["make", "sample"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-  assert run.returncode != 0
-  assert "there are no weights yet" in run.stderr
+def test_make_sample_calls_the_command_with_previews():
+  command = ["make", "--dry-run", "sample", "ARGS=--seed=3"]
+  run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert run.returncode == 0, run.stderr
+  assert run.stdout.splitlines()[-1].endswith("/python -m hfjax.sample --preview --seed=3")
 
 
 def test_benchmark_runs_and_refuses_bad_sizes(tmp_path):

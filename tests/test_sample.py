@@ -89,7 +89,6 @@ def test_an_image_begins_a_video_which_another_goes_on_from(capsys):
 @pytest.mark.parametrize(
   ("args", "sentence"),
   [
-    ([WORDS], "There are no weights in this package yet: give --weights=DIR"),
     ([*FAST], "There is no prompt"),
     ([*FAST, "--prompt= "], "A prompt is empty"),
     ([*FAST, WORDS, "--prompts_file=none.txt"], "none.txt cannot be read"),

@@ -24,7 +24,12 @@ def main(argv: list[str] | None = None) -> int:
   )
   flag = parser.add_argument
   flag("--weights", required=True, metavar="DIR", help="folder, repository, or random:NAME")
-  flag("--clips", required=True, metavar="DIR", help="folder of clips with captions")
+  flag("--clips", metavar="DIR", help="folder of clips with captions")
+  flag("--shapes", type=int, metavar="N", help="instead, so many clips of the shapes world")
+  flag("--split", choices=("train", "held_out"), default="train", help="of the shapes world")
+  flag("--seed", type=int, default=0, help="of the shapes world")
+  flag("--batch", type=int, default=8, help="clips of the shapes world that are encoded at once")
+  flag("--workers", type=int, default=1, help="threads that draw the shapes world")
   flag("--frames", type=int, default=81, help="frames of each clip: 1 and a multiple of 4")
   flag("--size", default="832x480", help="columns and rows of pixels, multiples of 8")
   flag("--fps", default="16", help="frames per second that are taken")
@@ -35,14 +40,22 @@ def main(argv: list[str] | None = None) -> int:
 
   def act():
     from hfjax import pipeline
-    from hfjax.data import contexts, videos
-    from hfjax.data.rejects import Rejects
+    from hfjax.data import contexts, shapes, videos
+    from hfjax.data.rejects import DataError, Rejects
 
     options = command.options(args, NAME, argv, "clips")
+    if (args.clips is None) == (args.shapes is None):
+      raise DataError("Give either --clips DIR or --shapes N.")
     rejects = Rejects(args.on_bad)
-    clips = videos.find(args.clips, rejects.add)
+    clips = [] if args.clips is None else videos.find(args.clips, rejects.add)
     autoencoder = pipeline.load_autoencoder(args.weights, args.vae, args.dtype)
     model = f"{contexts.fingerprint(autoencoder.params)} {args.dtype}"
+    if args.shapes is not None:
+      source = shapes.Shapes(args.split, args.shapes, args.seed, args.frames)
+      return videos.write_pixels(
+        args.out, source, autoencoder, batch=args.batch, workers=args.workers, model=model,
+        **options,
+      )  # fmt: skip
     written = videos.write(
       args.out, args.clips, clips, autoencoder, frames=args.frames, size=command.size(args.size),
       fps=args.fps, model=model, **options,

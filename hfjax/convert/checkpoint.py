@@ -68,11 +68,14 @@ def open_parts(
       )
     variant = variant or own
   if runs.is_run(path):
-    if model not in ("auto", "dit"):
-      _check_found(path, [], model, {"dit"}, {})
-    part = runs.open_run(path, averaged, step)
-    info = {"variant": part.variant, "preset": part.preset, "origin": part.origin}
-    return [_with_semantics(part, info, variant, preset)]
+    wanted = runs.models(path, step) if model == "auto" else [model]
+    parts = [runs.open_run(path, averaged, step, name) for name in wanted]
+    return [
+      _with_semantics(
+        p, {"variant": p.variant, "preset": p.preset, "origin": p.origin}, variant, preset
+      )
+      for p in parts
+    ]
   runs.check_is_whole(path)
   if step is not None:
     raise CheckpointError(f"{path} is no run of training, which alone has steps; leave out --step.")

@@ -1,8 +1,9 @@
 """Runs of training as checkpoints: weights of a step, read array by array.
 
 A run's folder has `checkpoints/STEP`, as Orbax writes them, each with items: `student` (weights),
-`ema` (their averages), `adapters` (low-rank ones, if only these are trained; then `ema` is theirs)
-and `note`, which says what the weights are. What else training keeps is not read.
+`ema` (their averages), `adapters` (low-rank ones, if only these are trained; then `ema` is theirs),
+`umt5` and `vae` (models that were trained beside or before it) with `umt5_ema` and `vae_ema`, and
+`note`, which says what the weights are. What else training keeps is not read.
 """
 
 import functools
@@ -27,6 +28,7 @@ from hfjax.models.sampling_presets import SAMPLING_PRESETS
 
 FORMAT = "hfjax-run-1"
 _SHOWN = 20  # steps named in a sentence
+_OTHERS = ("umt5", "vae")  # models beside the transformer
 
 
 class _DamagedError(Exception):
@@ -54,9 +56,12 @@ def check_is_whole(path: Path):
       )
 
 
-def open_run(path: Path, averaged: bool = False, step: int | None = None) -> Part:
+def open_run(
+  path: Path, averaged: bool = False, step: int | None = None, model: str = "dit"
+) -> Part:
   """The transformer of a run's step, by default its newest; adapters are merged.
 
+  model: another one that the run trained, "umt5" or "vae".
   averaged: moving averages of what is trained.
   Arrays are read when asked for, one being held at a time, whatever devices training had.
   Raises CheckpointError, also while reading, if the step is missing or damaged; no other is taken
@@ -74,10 +79,31 @@ def open_run(path: Path, averaged: bool = False, step: int | None = None) -> Par
       f"{', '.join(map(str, steps[-_SHOWN:]))}."
     )
   step = steps[-1] if step is None else step
+  held = models(path, step)
+  if model not in held:
+    raise CheckpointError(f"{path} holds no {model}: only {', '.join(held)}.")
   try:
-    return _open(path, step, averaged)
+    return _open(path, step, averaged, model)
   except _DamagedError as e:
-    raise _refusal(path, step, averaged, e) from e
+    raise _refusal(path, step, averaged, model, e) from e
+
+
+def models(path: Path, step: int | None = None) -> list[str]:
+  """Names of the models that a run has trained, as its newest or a given step says.
+
+  Where nothing can be read of it, these are all that there might be, opening which tells why.
+  """
+  steps = _steps(path)
+  every = ["dit", *_OTHERS]
+  if not steps or (step is not None and step not in steps):
+    return every
+  try:
+    folder = path.absolute() / "checkpoints" / str(steps[-1] if step is None else step)
+    told = _read_note(folder).get("models") or {}
+  except (_DamagedError, CheckpointError):
+    return every
+  others = [name for name in _OTHERS if isinstance(told, dict) and name in told]
+  return others if "vae" in others else ["dit", *others]
 
 
 def _steps(path: Path) -> list[int]:
@@ -86,13 +112,13 @@ def _steps(path: Path) -> list[int]:
   return sorted(int(e.name) for e in entries if e.name.isdigit() and e.is_dir())
 
 
-def _refusal(path: Path, step: int, averaged: bool, why: Exception) -> CheckpointError:
+def _refusal(path: Path, step: int, averaged: bool, model: str, why: Exception) -> CheckpointError:
   """What is said of a damaged step, with another that can be opened."""
   other = None
   for candidate in reversed(_steps(path)):
     if candidate != step:
       try:
-        _open(path, candidate, averaged)
+        _open(path, candidate, averaged, model)
       except (_DamagedError, CheckpointError):
         continue
       other = candidate
@@ -107,19 +133,20 @@ def _refusal(path: Path, step: int, averaged: bool, why: Exception) -> Checkpoin
   )
 
 
-def _open(path: Path, step: int, averaged: bool) -> Part:
-  """The transformer of a step; _DamagedError if it cannot be read."""
+def _open(path: Path, step: int, averaged: bool, model: str) -> Part:
+  """A model of a step; _DamagedError if it cannot be read."""
   folder = path.absolute() / "checkpoints" / str(step)  # Orbax takes no other
   note = _read_note(folder)
-  config, low_rank = _architecture(note), _low_rank(note)
-  if averaged and not (folder / "ema").is_dir():
+  config, low_rank = _architecture(note, model, averaged), _low_rank(note)
+  item, averages = ("student", "ema") if model == "dit" else (model, f"{model}_ema")
+  if averaged and not (folder / averages).is_dir():
     raise CheckpointError(
       f"{path} has no moving averages of weights at step {step}; leave out --ema for the weights "
       "themselves, or take a later step."
     )
-  kind = KINDS["dit"]
+  kind = KINDS[model]
   table = kind.table(config)
-  weights = folder / ("ema" if averaged and not low_rank else "student")
+  weights = folder / (averages if averaged and not low_rank else item)
   held = _shapes(weights)
   _check_shapes(weights.name, {n: x.shape for n, x in held.items()}, table.our_shapes)
   sums: dict[str, str] = {}
@@ -133,7 +160,7 @@ def _open(path: Path, step: int, averaged: bool) -> Part:
         _check_sum(weights.name, sums, note)
       return x
     except _DamagedError as e:
-      raise _refusal(path, step, averaged, e) from e
+      raise _refusal(path, step, averaged, model, e) from e
 
   def tensor(name: str) -> Tensor:
     shape, dtype = held[name].shape, np.dtype(held[name].dtype)
@@ -148,10 +175,12 @@ def _open(path: Path, step: int, averaged: bool) -> Part:
       name = f"{module}.weight"
       tensors[name] = _merged(tensors[name], pair, alpha / rank)
     notes.append(f"{len(factors)} adapters of rank {rank} were merged, with alpha {alpha:g}.")
-  if not averaged and (folder / "ema").is_dir():
+  if not averaged and (folder / averages).is_dir():
     notes.append("The step has moving averages of them as well, which --ema takes.")
   run = os.path.basename(os.path.abspath(path))
   origin = {"run": run, "step": step, "averaged": averaged, "adapters": note.get("lora")}
+  if model != "dit":
+    return Part(kind, config, tensors, None, origin, notes)
   return Part(kind, config, tensors, note["variant"], origin, notes, note.get("preset"))
 
 
@@ -176,13 +205,19 @@ def _read_note(folder: Path) -> dict[str, Any]:
   return note
 
 
-def _architecture(note: Mapping[str, Any]) -> WanConfig:
+def _architecture(note: Mapping[str, Any], model: str, averaged: bool) -> Any:
   try:
-    told: dict[str, Any] = note["architecture"]
+    told: dict[str, Any]
+    if model == "dit":
+      told = note["architecture"]
+    else:  # averages may have statistics of their own
+      models = note["models"]
+      told = (averaged and models.get(f"{model}_ema")) or models[model]
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
-    return WanConfig(**fields)
+    return KINDS[model].config(**fields)
   except (KeyError, AttributeError, TypeError, ValueError) as e:
-    raise _DamagedError(f"its note describes no transformer: {e}") from e
+    name = {"dit": "transformer", "umt5": "text encoder"}.get(model, model)
+    raise _DamagedError(f"its note describes no {name}: {e}") from e
 
 
 def _low_rank(note: Mapping[str, Any]) -> tuple[int, float] | None:

@@ -21,6 +21,36 @@ def made_prompts() -> list[str]:
   ]
 
 
+class MadeClips:
+  """Coloured squares that drift over grey, as bytes.
+
+  shape: frames, rows, columns and colours of a clip, which depends on `seed` and its number alone.
+  """
+
+  def __init__(self, *shape: int, count: int, seed: int):
+    if len(shape) != 4 or min(*shape, count) < 1:
+      raise DataError(f"{count} clips of shape {shape} are asked for; give four sizes from 1 on.")
+    self.shape, self.count, self.seed = shape, count, seed
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """{"prompt", "video"}; IndexError beyond the last."""
+    if not 0 <= index < self.count:
+      raise IndexError(index)
+    frames, rows, columns, colours = self.shape
+    rng = np.random.default_rng([self.seed, 2, index])
+    way = [*_WAYS][rng.integers(len(_WAYS))]
+    colour, begin = rng.integers(0, 256, colours), rng.integers(0, (rows, columns))
+    clip = np.full(self.shape, 64, np.uint8)
+    edge = max(1, min(rows, columns) // 3)
+    for f in range(frames):
+      y, x = (np.arange(edge) + b + f * w for b, w in zip(begin, _WAYS[way], strict=True))
+      clip[f][np.ix_(y % rows, x % columns)] = colour
+    return {"prompt": f"a square moves {way}", "video": clip}
+
+
 class MadeLatents:
   """Blobs that drift over still noise; see `made_latents`."""
 

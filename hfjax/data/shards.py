@@ -45,9 +45,10 @@ Make = Callable[[int, int, Callable[[str], Any]], Iterable[Example]]
 class Plan:
   """What a folder is to hold; two runs of equal plans give equal bytes.
 
-  kind: "prompts", "trajectories" or "videos". count: inputs, of which bad ones may be left out.
-  arrays: shape, None where it varies, and dtype ("float16", "float32", "bfloat16") of what is in
-    an example beside its prompt.
+  kind: "prompts", "trajectories", "videos" or "clips". count: inputs, of which bad ones may be left
+    out.
+  arrays: shape, None where it varies, and dtype ("float16", "float32", "bfloat16", "uint8") of
+    what is in an example beside its prompt.
   about: what else decides the examples; JSON.
   per_shard: inputs of a shard; by default as many as make 128 MiB, and at most a sixteenth of all.
   command: that writes the folder; for messages.
@@ -186,7 +187,7 @@ def batches(start: int, stop: int, size: int) -> Iterator[list[int]]:
 def _nbytes(arrays: Mapping[str, tuple[Shape, str]]) -> int:
   """Bytes of an example; 64 where a length varies."""
   sizes = ((math.prod(64 if n is None else n for n in s), d) for s, d in arrays.values())
-  return 256 + sum(n * (4 if dtype == "float32" else 2) for n, dtype in sizes)
+  return 256 + sum(n * {"uint8": 1, "float32": 4}.get(dtype, 2) for n, dtype in sizes)
 
 
 def _claim(folder: Path, plan: Plan):
@@ -307,9 +308,14 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def _features(plan: Plan) -> Any:
   """What TFDS is told; bits of bfloat16 go as uint16, which it knows."""
-  kinds = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+  kinds: dict[str, Any] = {
+    "bfloat16": np.uint16, "float16": np.float16, "float32": np.float32, "uint8": np.uint8,
+  }  # fmt: skip
   features = {
-    name: tfds.features.Tensor(shape=shape, dtype=kinds[dtype], encoding="bytes")
+    # Pixels of drawn clips become sixty times smaller; latents hardly do.
+    name: tfds.features.Tensor(
+      shape=shape, dtype=kinds[dtype], encoding="zlib" if dtype == "uint8" else "bytes"
+    )
     for name, (shape, dtype) in plan.arrays.items()
   }
   return tfds.features.FeaturesDict({"prompt": tfds.features.Text(), **features})
@@ -323,6 +329,10 @@ def _packed(plan: Plan, example: Example) -> Example:
     if not matches(array.shape, shape):
       raise DataError(
         f"The {name} of {example['prompt'][:60]!r} has shape {array.shape}, and {shape} is planned."
+      )
+    if dtype == "uint8" and array.dtype != np.uint8:
+      raise DataError(
+        f"The {name} of {example['prompt'][:60]!r} is of {array.dtype}, and {dtype} is planned."
       )
     with np.errstate(over="ignore"):
       cast = array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

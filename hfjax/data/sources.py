@@ -19,8 +19,11 @@ TOOLS = {
   "prompts": "tools/embed_prompts.py",
   "trajectories": "tools/make_trajectories.py",
   "videos": "tools/encode_videos.py",
+  "clips": "tools/make_shapes.py",
 }
-_HELD = {"prompts": (), "trajectories": ("trajectory",), "videos": ("latents",)}
+_HELD = {
+  "prompts": (), "trajectories": ("trajectory",), "videos": ("latents",), "clips": ("video",),
+}  # fmt: skip
 
 
 class Source(Protocol):
@@ -91,7 +94,10 @@ class Stored:
     return self._length
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """An example; arrays are float32. DataError if it is damaged, IndexError beyond the last."""
+    """An example; arrays are float32, or uint8 if they are stored so.
+
+    Raises DataError if it is damaged, IndexError beyond the last.
+    """
     if not 0 <= index < self._length:
       raise IndexError(index)
     name = f"Example {index} of {self.folder}"
@@ -100,7 +106,7 @@ class Stored:
       prompt = found.pop("prompt").decode()
     except Exception as e:  # of the file format, or of no UTF-8
       raise DataError(f"{name} cannot be read ({_line(e)}).") from e
-    arrays = {k: _float32(v) for k, v in found.items()}
+    arrays = {k: v if v.dtype == np.uint8 else _float32(v) for k, v in found.items()}
     if not prompt.strip():
       raise DataError(f"{name} has an empty prompt.")
     for key, array in arrays.items():
@@ -119,7 +125,8 @@ def open_source(
   """Examples of a kind, by number: `len(source)`, `source[i]`.
 
   kind: "prompts": {"prompt": str} and perhaps "context" `[t w]`; "trajectories": "trajectory"
-    `[s f y x c]` too, from noise to clean; "videos": "latents" `[f y x c]`. Arrays are float32.
+    `[s f y x c]` too, from noise to clean; "videos": "latents" `[f y x c]`; "clips": "video"
+    `[t y x 3]`, uint8. Other arrays are float32.
   path: a folder that the tools made; for prompts also a .txt, .jsonl or .csv file.
   on_bad: "fail", or "skip": bad lines are left out, and `batches` leaves out damaged examples;
     `source.rejects` counts and names them.

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 
-from hfjax.data import rows, shards
+from hfjax.data import contexts, rows, shards
 from hfjax.data.rejects import DataError
+from hfjax.data.sources import Source
 from hfjax.streaming.pixels import Autoencoder
 from hfjax.video import VideoError, read_video
 from hfjax.video.pixels import as_rate, rate_text
@@ -118,12 +119,74 @@ def write(
   return shards.write(folder, plan, make, **options)
 
 
-def _ahead(act: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Future]]:
-  """Items and their results, of which threads work on some ahead."""
+def write_pixels(
+  folder: str | Path,
+  source: Source,
+  autoencoder: Autoencoder,
+  *,
+  batch: int = 8,
+  workers: int = 1,
+  model: str = "",
+  per_shard: int = 0,
+  command: str = "",
+  **options: Any,
+) -> shards.Written:
+  """Writes examples with `video`, bytes `[t y x 3]`, as latents `[f y x c]`, float16.
+
+  source: all of whose clips have the shape of the first. batch: clips that are encoded at once.
+  workers: threads that read examples.
+  model, options: as in `write`.
+
+  Raises DataError on a length or size that the autoencoder does not take.
+  """
+  if batch < 1 or workers < 0:
+    raise DataError(
+      f"Batches of {batch} are asked for, read by {workers} processes; give at least 1 clip, and 0 "
+      "or more processes."
+    )
+  a = autoencoder.config
+  frames, *size, _ = source[0]["video"].shape
+  if (frames - 1) % a.time_factor or any(x % a.space_factor for x in size):
+    raise DataError(
+      f"Clips of {frames} frames of {size[1]}x{size[0]} are asked for; give 1 and a multiple of "
+      f"{a.time_factor} frames, and multiples of {a.space_factor} pixels."
+    )
+  rows, columns = (x // a.space_factor for x in size)
+  shape = ((frames - 1) // a.time_factor + 1, rows, columns, a.z_dim)
+  about = {"clips": contexts.identity(source), "model": model}
+  plan = shards.Plan(
+    "videos", len(source), {"latents": (shape, "float16")}, about, per_shard, command
+  )
+
+  def make(start: int, stop: int, reject) -> Iterable[shards.Example]:
+    examples = (
+      future.result() for _, future in _ahead(source.__getitem__, range(start, stop), ahead)
+    )
+    waiting: deque[tuple[list[dict[str, Any]], Array]] = deque()
+    while True:
+      if chosen := list(itertools.islice(examples, batch)):
+        videos = contexts.filled([x["video"] for x in chosen], batch)
+        waiting.append((chosen, autoencoder.encode(jnp.asarray(np.stack(videos)))))
+      if not waiting:
+        return
+      if chosen and len(waiting) == 1:  # the device works on them while others are drawn
+        continue
+      done, latents = waiting.popleft()
+      for example, x in zip(done, np.asarray(latents)):  # without what fills up the batch
+        yield {"prompt": example["prompt"], "latents": x}
+
+  ahead = max(1, workers), batch
+  return shards.write(folder, plan, make, **options)
+
+
+def _ahead(
+  act: Callable[[Any], Any], items: Sequence[Any], ahead: tuple[int, int] = (_AHEAD, _AHEAD)
+) -> Iterator[tuple[Any, Future]]:
+  """Items and their results, of which threads work on some ahead: how many threads and items."""
   rest = iter(items)
-  with ThreadPoolExecutor(_AHEAD) as pool:
+  with ThreadPoolExecutor(ahead[0]) as pool:
     begin = lambda count: ((x, pool.submit(act, x)) for x in itertools.islice(rest, count))
-    waiting = deque(begin(_AHEAD))
+    waiting = deque(begin(ahead[1]))
     try:
       while waiting:
         item, future = waiting.popleft()

@@ -68,6 +68,10 @@ PRESETS = {
   "tiny": WanConfig(
     dim=64, ffn_dim=128, heads=2, layers=3, text_dim=48, text_len=16, freq_dim=32, linear=True
   ),
+  # Of the model of the shapes world, which comes with hfjax.
+  "shapes": WanConfig(
+    dim=256, ffn_dim=896, heads=4, layers=6, text_dim=128, text_len=48, linear=True
+  ),
 }
 
 

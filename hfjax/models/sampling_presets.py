@@ -16,6 +16,11 @@ class SamplingPreset:
   guidance: factor of classifier-free guidance, 1 for none.
   shift: time shift of the schedule.
   variant: semantics, a name in `geometry.VARIANTS`; None: those that the weights record.
+  size: columns and rows of pixels. block: tokens of an attention block. ratio: kept share of
+    blocks. None: the usual ones.
+  negative: prompt that guidance leads away from. None: a usual one.
+  prompt: what is shown if nothing is asked for. None: something must be.
+  world: the small world whose videos are all that the weights know, "shapes"; None: there is none.
   """
 
   window: int
@@ -27,7 +32,15 @@ class SamplingPreset:
   guidance: float = 1.0
   shift: float = 5.0
   variant: str | None = None
+  size: tuple[int, int] | None = None
+  block: int | None = None
+  ratio: float | None = None
+  negative: str | None = None
+  prompt: str | None = None
+  world: str | None = None
 
+
+_SHAPES = "a large red circle moves left while a small cyan star spins, on stripes"
 
 SAMPLING_PRESETS = {
   # Hybrid Forcing (spec sections 1, 6.2 and 7.2).
@@ -42,6 +55,33 @@ SAMPLING_PRESETS = {
   # pipeline of section 7.4 differs in a shift of 8.
   "wan": SamplingPreset(
     window=21, sink=0, bidirectional=True, steps=(), solver="unipc", solver_steps=50, guidance=5.0
+  ),
+  # The model that comes with hfjax, of videos of its shapes world (hfjax/data/shapes.py): a window
+  # is 36 blocks, of which 9 are kept.
+  "shapes": SamplingPreset(
+    window=9,
+    sink=3,
+    shift=3.0,
+    size=(128, 128),
+    block=16,
+    ratio=0.25,
+    prompt=_SHAPES,
+    world="shapes",
+  ),
+  # Its teacher, before distillation, which was taught with an empty prompt beside the captions.
+  "shapes_teacher": SamplingPreset(
+    window=21,
+    sink=0,
+    bidirectional=True,
+    steps=(),
+    solver="unipc",
+    solver_steps=50,
+    guidance=3.0,
+    shift=3.0,
+    size=(128, 128),
+    negative="",
+    prompt=_SHAPES,
+    world="shapes",
   ),
 }
 

@@ -84,6 +84,7 @@ PRESETS = {
   "umt5-xxl": Umt5Config(
     vocab=256_384, dim=4096, dim_attn=4096, dim_ffn=10_240, heads=64, layers=24
   ),
+  "shapes": Umt5Config(vocab=320, dim=128, dim_attn=128, dim_ffn=256, heads=4, layers=2),
 }
 
 

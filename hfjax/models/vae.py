@@ -310,11 +310,12 @@ class Encoder(nn.Module):
 
   config: VaeConfig
   dtype: Any = jnp.float32
+  moments: bool = False  # whether logarithms of their variances follow the means
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "b t y x c"], past: Cache = None
-  ) -> tuple[Float[Array, "b f y x z"], Cache]:
+  ) -> tuple[Float[Array, "b f y x m"], Cache]:
     c, past, left = self.config, past or {}, {}
     x, left["conv_in"] = causal_conv(
       c.dim, self.dtype, "conv_in", x.astype(self.dtype), past.get("conv_in")
@@ -322,8 +323,9 @@ class Encoder(nn.Module):
     x, left["down"] = Stack(c.encoder_blocks, self.dtype, name="down")(x, past.get("down"))
     x, left["middle"] = Middle(self.dtype, name="middle")(x, past.get("middle"))
     x, left["head"] = Head(2 * c.z_dim, self.dtype, name="head")(x, past.get("head"))
-    # The second half is the logarithm of the variance, which nothing uses.
-    return nn.Dense(2 * c.z_dim, dtype=self.dtype, name="quant")(x)[..., : c.z_dim], left
+    x = nn.Dense(2 * c.z_dim, dtype=self.dtype, name="quant")(x)
+    # The logarithms are of use in training only.
+    return x if self.moments else x[..., : c.z_dim], left
 
 
 class Decoder(nn.Module):

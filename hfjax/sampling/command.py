@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from hfjax import pipeline
 from hfjax.convert import CheckpointError
+from hfjax.models.sampling_presets import SAMPLING_PRESETS
 from hfjax.sampling import requests, settings
 from hfjax.sampling.clip import WholeClip
 from hfjax.sampling.files import SavedLatents, load_state, save_state, weights_hash
@@ -36,7 +37,7 @@ from hfjax.sampling.videos import (
   write_videos,
 )
 from hfjax.streaming import Stream
-from hfjax.streaming.stream import NEGATIVE
+from hfjax.streaming.stream import NEGATIVE, default_dtype
 from hfjax.video import VideoError
 
 # What a saved stream fixes; another value needs another stream.
@@ -87,6 +88,9 @@ def sample(session: Session):
     settings.check_clip(frames, begin, cues)
   for note in session.notes:
     say(f"{FLAGS.video}: {note}.")
+  all_words = [*words, *(cue.prompt for cue in cues)]
+  if notice := requests.strange_words(SAMPLING_PRESETS[plan.preset], all_words):
+    say(notice)
   for cue in cues:
     if frames is not None and cue.at is not None and cue.at * fps >= frames:
       say(f"The video ends before {float(cue.at):g} s, when {cue.prompt!r} was to begin.")
@@ -103,8 +107,8 @@ def sample(session: Session):
       config = {"solver": plan.solver, "guidance": plan.guidance, "model": model.config}
     else:
       source = Stream(
-        model, [prompt] * count, size=wanted, seed=seed, negative_prompt=negative(),
-        dtype=FLAGS.dtype, **plan.stream,
+        model, [prompt] * count, size=wanted, seed=seed, negative_prompt=negative(plan.preset),
+        dtype=dtype(), **plan.stream,
       )  # fmt: skip
       config = describe_stream(source)
     # Flags of this video alone, which make it again.
@@ -137,7 +141,7 @@ def decode(session: Session, path: Path):
   (target,) = session.places.choose(
     [path.name.removesuffix(".safetensors").removesuffix(".latents")]
   )
-  autoencoder = pipeline.load_autoencoder(FLAGS.weights, FLAGS.vae, FLAGS.dtype)
+  autoencoder = pipeline.load_autoencoder(FLAGS.weights, FLAGS.vae, dtype())
   source = latents.begin(autoencoder)
   factor, rows, columns = autoencoder.config.space_factor, *latents.shape[1:3]
   whole = 1 + autoencoder.config.time_factor * (latents.shape[0] - 1)
@@ -159,6 +163,7 @@ def resume(session: Session, path: Path):
       f"A saved stream goes on as it was begun, and --{changed[0]} would change it; leave it out."
     )
   fill({k: v for k, v in saved["flags"].items() if k not in LENGTHS}, str(path))
+  take_own_weights()
   left = saved["frames_left"]
   frames = requests.length(requests.rate(), 0 if left == 0 else left)
   paths = session.places.choose(saved["names"], path.parent)
@@ -172,9 +177,10 @@ def resume(session: Session, path: Path):
   cues = [Cue(None if at is None else Fraction(at), *rest) for at, *rest in saved["cues"]]
   pending = arrays.pop("pending", None)
   stream = Stream.from_state(model, arrays)
+  g, factor = stream.config.geometry, model.autoencoder.config.space_factor
   job = Job(
-    paths, saved["about"]["prompt"], requests.size(), requests.rate(), frames, None, cues,
-    saved["chunks"], pending,
+    paths, saved["about"]["prompt"], (g.width * factor, g.height * factor), requests.rate(), frames,
+    None, cues, saved["chunks"], pending,
   )  # fmt: skip
   about = {**saved["about"], "resumed_from": str(path), "config": describe_stream(stream)}
   make(job, stream, session, {**about, "flags": set_flags()})
@@ -203,6 +209,8 @@ def make(job: Job, source: Source, session: Session, about: dict[str, Any]):
   for recording in made.recordings:
     attempt(session, recording.write_preview, job.fps)
     say(summary(recording.path, job, made.figures))
+    if recording.previews:
+      say(f"{' and '.join(map(str, recording.previews))}: contact sheet and preview")
 
 
 def attempt(session: Session, write: Callable, *args: Any):
@@ -220,9 +228,9 @@ def save(job: Job, stream: Stream, made: Made, about: dict[str, Any]):
   state = stream.state()
   if made.surplus is not None:
     state["pending"] = made.surplus
-  given = {k: v for k, v in set_flags().items() if k not in PLACES}
-  if Path(FLAGS.weights).exists():  # wherever the next run is started from
-    given["weights"] = str(Path(FLAGS.weights).resolve())
+  given = {k: v for k, v in set_flags().items() if k not in PLACES} | {"dtype": dtype()}
+  if FLAGS["weights"].present and Path(FLAGS.weights).exists():
+    given["weights"] = str(Path(FLAGS.weights).resolve())  # wherever the next run is started from
   note = {
     "flags": given,
     "names": [p.stem for p in job.paths],
@@ -243,7 +251,7 @@ def whole_clip(model, plan, prompts, seed, size, frames) -> WholeClip:
   with tqdm(total=plan.solver.steps, unit=" steps", desc="denoising", disable=FLAGS.quiet) as bar:
     clip = WholeClip(
       model, prompts, size=size, frames=frames, solver=plan.solver, guidance=plan.guidance,
-      negative_prompt=negative(), seed=seed, dtype=FLAGS.dtype,
+      negative_prompt=negative(plan.preset), seed=seed, dtype=dtype(),
       progress=lambda step: bar.update(step - bar.n),
     )  # fmt: skip
     clip.denoise()
@@ -252,12 +260,26 @@ def whole_clip(model, plan, prompts, seed, size, frames) -> WholeClip:
 
 def load() -> pipeline.Pipeline:
   """The networks that the flags name."""
-  return pipeline.load(FLAGS.weights, FLAGS.vae, FLAGS.dtype)
+  return pipeline.load(FLAGS.weights, FLAGS.vae, dtype())
 
 
-def negative() -> str:
+def dtype() -> str:
+  """What networks compute in."""
+  return FLAGS.dtype or default_dtype()
+
+
+def take_own_weights():
+  """Takes the weights that come with hfjax, if there are no others; CheckpointError without."""
+  if FLAGS.weights is None:
+    FLAGS["weights"].value = str(pipeline.embedded())
+
+
+def negative(preset: str) -> str:
   """What guided videos keep away from."""
-  return NEGATIVE if FLAGS.negative_prompt is None else FLAGS.negative_prompt
+  if FLAGS.negative_prompt is not None:
+    return FLAGS.negative_prompt
+  usual = SAMPLING_PRESETS[preset].negative
+  return NEGATIVE if usual is None else usual
 
 
 def check_words(model: pipeline.Pipeline, prompts: Sequence[str]):
@@ -337,11 +359,7 @@ def run(session: Session):
   requests.exclusive(resume=FLAGS.resume is not None, latents=from_latents)
   if FLAGS.resume is not None:
     return resume(session, Path(FLAGS.resume).expanduser())
-  if FLAGS.weights is None:
-    raise UsageError(
-      "There are no weights in this package yet: give --weights=DIR, a folder that "
-      "tools/convert_checkpoint.py wrote, or --weights=random:tiny to see it work on noise."
-    )
+  take_own_weights()
   return decode(session, Path(FLAGS.latents).expanduser()) if from_latents else sample(session)
 
 

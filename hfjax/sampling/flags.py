@@ -34,10 +34,13 @@ def _define():
     name, default, [*values], help, flag_values=FLAGS
   )
   text("weights", None, "folder that tools/convert_checkpoint.py wrote, a name on the Hugging Face "
-       "Hub, or random:NAME for noise from a model of that size")  # fmt: skip
+       "Hub, or random:NAME for noise from a model of that size; by default the small model that "
+       "comes with hfjax, which knows moving shapes")  # fmt: skip
   text("config", None, "YAML or JSON file with any of these flags, or the JSON file beside a "
        "video; the command line goes before it")  # fmt: skip
-  texts("prompt", "what the video shows; may be repeated")
+  texts(
+    "prompt", "what the video shows; may be repeated; the model's own by default, if it has one"
+  )
   text("prompts_file", None, "file of prompts: .txt (one a line), .jsonl or .csv (`prompt`)")
   text("script", None, "YAML file that says which prompt begins when (README)")
   text("negative_prompt", None, "what guided videos keep away from; has a default")
@@ -45,13 +48,14 @@ def _define():
   real("seconds", None, "length of the video; 5 by default", lower_bound=0.01)
   number("frames", None, "its length in frames instead", lower_bound=1)
   switch("endless", "goes on until it is stopped")
-  text("size", "832x480", "columns and rows of pixels, multiples of 16")
+  text("size", None, "columns and rows of pixels, multiples of 16; the preset's by default, or "
+       "832x480")  # fmt: skip
   text("fps", "16", "frames per second at which the video plays")
   flags.DEFINE_multi_integer("seed", [0], "of the noise; may be repeated: a video for each",
                              lower_bound=0, upper_bound=2**32 - 1, flag_values=FLAGS)  # fmt: skip
   number("samples", 1, "videos for each prompt and seed, made side by side", lower_bound=1)
   choice("preset", None, SAMPLING_PRESETS, "how the weights are meant to be sampled: "
-         "window, sink, steps, guidance; what they say by default")  # fmt: skip
+         "window, sink, steps, guidance, size; what they say by default")  # fmt: skip
   flags.DEFINE_list("steps", None, "a number of denoising steps, or the steps themselves, such as "
                     "1000,750,500,250", flag_values=FLAGS)  # fmt: skip
   choice("solver", None, ["few-step", "unipc", "dpm++"], "few-step for distilled models, else a "
@@ -61,14 +65,15 @@ def _define():
   choice("attention", "hybrid", ["hybrid", "dense"], "dense keeps every key block of the window")
   choice("variant", None, VARIANTS, "semantics that the weights were trained with; theirs by "
          "default")  # fmt: skip
-  real("sparsity", 0.8, "share of the window's key blocks that attention leaves out",
-       lower_bound=0, upper_bound=0.999)  # fmt: skip
+  real("sparsity", None, "share of the window's key blocks that attention leaves out; the "
+       "preset's by default, or 0.8", lower_bound=0, upper_bound=0.999)  # fmt: skip
   number("window", None, "latent frames that attention sees; the preset's by default")
   number("sink", None, "first latent frames, seen for ever; the preset's by default")
   text("image", None, "image that the video begins with")
   text("video", None, "video that it goes on from, whose last frames it begins with")
   choice("vae", "full", pipeline.AUTOENCODERS, "autoencoder; the tiny one is faster")
-  choice("dtype", "bfloat16", ["bfloat16", "float32"], "that networks compute in")
+  choice("dtype", None, ["bfloat16", "float32"], "that networks compute in; bfloat16 by default, "
+         "and on processors float32")  # fmt: skip
   text("latents", None, "`save` writes latents beside the video; a file of them is decoded")
   text("resume", None, "goes on from the state of a stream that was stopped (.state.safetensors)")
   switch("save_state", "keeps the stream's state for --resume, even if it ends by itself")

@@ -1,26 +1,41 @@
 """What is to be made: prompts, lengths, sizes, and what a video begins with."""
 
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hfjax.data import rows
+from hfjax import pipeline
+from hfjax.data import rows, shapes_words
 from hfjax.data.rejects import DataError
+from hfjax.models.sampling_presets import SAMPLING_PRESETS, SamplingPreset
 from hfjax.sampling.flags import FLAGS, UsageError
+from hfjax.streaming.stream import SIZE
 from hfjax.video import read_image, read_video
 
 _LONGEST = 10**7  # seconds of a video, a third of a year
 CONTEXT_FRAMES = 81  # of --video, as long as the clips that models are trained on
 
 
+def known() -> SamplingPreset | None:
+  """The preset that flags or weights name; None if it takes the tensors to tell.
+
+  No preset that is told from tensors has a size or a prompt. Weights of the Hub are downloaded.
+  """
+  name = FLAGS.preset or pipeline.recorded_preset(FLAGS.weights)
+  return SAMPLING_PRESETS[name] if name else None
+
+
 def prompts() -> list[str]:
-  """Prompts of the command line, then of the file."""
+  """Prompts of the command line, then of the file; the preset's if there are none."""
   found = list(FLAGS.prompt)
   if FLAGS.prompts_file is not None:
     found += read_prompts(Path(FLAGS.prompts_file).expanduser())
+  elif not found and (preset := known()) and preset.prompt:
+    found = [preset.prompt]
   if not found:
     raise UsageError('There is no prompt; say what the video shows, as in --prompt="a red square".')
   if any(not p.strip() for p in found):
@@ -72,7 +87,10 @@ def rate() -> Fraction:
 
 
 def size() -> tuple[int, int]:
-  """Columns and rows."""
+  """Columns and rows; the preset's if they are not given."""
+  if FLAGS.size is None:
+    preset = known()
+    return (preset and preset.size) or SIZE
   match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", FLAGS.size)
   if match is None:
     raise UsageError(
@@ -112,6 +130,21 @@ def beginning(columns_rows: tuple[int, int], fps: Fraction) -> tuple[np.ndarray 
     whole = (len(clip.frames) - 1) // 4 * 4 + 1  # what fills latents, so that nothing is repeated
     return clip.frames[None, -whole:], clip.notes
   return None, []
+
+
+def strange_words(preset: SamplingPreset, words: Iterable[str]) -> str | None:
+  """A sentence if prompts are of another world than the only one that the weights know."""
+  if preset.world is None:
+    return None
+  for prompt in words:
+    try:
+      shapes_words.read(prompt)
+    except DataError:
+      return (
+        f"This model knows nothing but moving shapes, and may not follow {prompt[:80]!r}; write as "
+        f"in --prompt={preset.prompt!r}."
+      )
+  return None
 
 
 def exclusive(**given: Any):

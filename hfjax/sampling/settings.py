@@ -7,6 +7,7 @@ import numpy as np
 
 from hfjax.diffusion.guidance import count_texts
 from hfjax.diffusion.solvers import MultistepSolver
+from hfjax.models.geometry import Geometry
 from hfjax.models.sampling_presets import SAMPLING_PRESETS
 from hfjax.pipeline import Pipeline
 from hfjax.sampling import requests
@@ -43,7 +44,8 @@ def plan(model: Pipeline) -> Plan:
   stream: dict[str, Any] = {
     "window": preset.window if FLAGS.window is None else FLAGS.window,
     "sink": preset.sink if FLAGS.sink is None else FLAGS.sink,
-    "ratio": 1.0 if FLAGS.attention == "dense" else _ratio(FLAGS.sparsity),
+    "ratio": _ratio(preset.ratio or Geometry.ratio),
+    "block": preset.block or Geometry.block,
     "variant": FLAGS.variant or preset.variant,
     "shift": preset.shift,
   }
@@ -97,6 +99,11 @@ def _spread(steps: int) -> tuple[float, ...]:
   return tuple(float(round(1000 * (steps - i) / steps)) for i in range(steps))
 
 
-def _ratio(sparsity: float) -> float:
-  """What is kept; of 0.8 it is 0.2, and not a little less, since counts of blocks are floored."""
-  return round(1 - sparsity, 9)
+def _ratio(usual: float) -> float:
+  """Share of blocks that is kept."""
+  if FLAGS.attention == "dense":
+    return 1.0
+  if FLAGS.sparsity is None:
+    return usual
+  # Of 0.8 it is 0.2, and not a little less, since counts of blocks are floored.
+  return round(1 - FLAGS.sparsity, 9)

@@ -71,12 +71,13 @@ class Job:
 
 
 class Recording:
-  """The files of one video: its frames, its latents, its previews."""
+  """The files of one video: its frames, its latents, its previews once they are written."""
 
   def __init__(self, path: Path, job: Job, stack: contextlib.ExitStack):
     self.path = path
     self.writer = stack.enter_context(VideoWriter(path, *job.size, job.fps))
     self.preview = Preview() if FLAGS.preview else None
+    self.previews: tuple[Path, ...] = ()
     self.latents: LatentsWriter | None = None
     if FLAGS.latents == "save":
       about = {"prompt": job.prompt, "fps": str(job.fps)}
@@ -96,7 +97,7 @@ class Recording:
   def write_preview(self, fps: Fraction):
     """Writes contact sheet and GIF, if they are wanted and there is a frame."""
     if self.preview is not None and self.writer.frames:
-      self.preview.write(self.path.with_suffix(""), fps)
+      self.previews = self.preview.write(self.path.with_suffix(""), fps)
 
 
 @dataclasses.dataclass

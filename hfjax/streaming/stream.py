@@ -12,6 +12,7 @@ from jaxtyping import Array, UInt8
 
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models.geometry import Geometry
+from hfjax.models.sampling_presets import SAMPLING_PRESETS
 from hfjax.streaming import snapshot
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.latent_stream import KEPT, LatentStream
@@ -27,6 +28,7 @@ NEGATIVE = (
   "flickering motion, misshapen bodies, surplus limbs and fingers, melting faces, crowded "
   "background, captions, logos, frames"
 )
+SIZE = (832, 480)  # columns and rows of pixels, unless a model has its own
 _CONFIG = ("steps", "warp", "shift", "context_timestep", "dtype", "backend", "guidance")
 
 
@@ -44,22 +46,23 @@ class Stream:
     model: "Pipeline",
     prompt: str | Sequence[str],
     *,
-    size: tuple[int, int] = (832, 480),
+    size: tuple[int, int] | None = None,
     seed: int | Sequence[int] = 0,
     negative_prompt: str = NEGATIVE,
     kept: int = KEPT,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     backend: str = "auto",
     **settings: Any,
   ):
     """Begins a video for each prompt.
 
-    model: see `hfjax.pipeline.load`. size: columns and rows of pixels. seed: one for all, from
-      which each video takes its own noise, or one for each. negative_prompt: what guided videos
-      keep away from; it may be empty. kept: see `LatentStream`.
-    settings: of `Geometry` (window, sink, chunk, ratio, rope_cap, variant) and of `StreamConfig`
-      (steps, warp, shift, solver, guidance), whose defaults hold. The variant is by default the
-      model's.
+    model: see `hfjax.pipeline.load`. size: columns and rows of pixels; the model's by default, or
+      (832, 480). seed: one for all, from which each video takes its own noise, or one for each.
+      negative_prompt: what guided videos keep away from; it may be empty. kept: see `LatentStream`.
+    dtype: that is computed in, see `default_dtype`.
+    settings: of `Geometry` (window, sink, chunk, ratio, rope_cap, block, variant) and of
+      `StreamConfig` (steps, warp, shift, solver, guidance), whose defaults hold. Variant, block and
+      ratio are by default the model's.
 
     Raises ValueError on sizes and settings that cannot work, with the nearest that can.
     """
@@ -183,22 +186,39 @@ class Stream:
 
 
 def configure(
-  model: "Pipeline", size: tuple[int, int], dtype: str, backend: str, **settings: Any
+  model: "Pipeline",
+  size: tuple[int, int] | None,
+  dtype: str | None,
+  backend: str,
+  **settings: Any,
 ) -> StreamConfig:
   """Configuration of streams of a model; ValueError on sizes and settings that cannot work."""
-  width, height = latent_size(model, size)
+  preset = SAMPLING_PRESETS[model.preset]
+  width, height = latent_size(model, (preset.size or SIZE) if size is None else size)
   names = {"steps", "warp", "shift", "context_timestep", "solver", "guidance"}
   stream = {k: v for k, v in settings.items() if k in names}
   rest = {k: v for k, v in settings.items() if k not in names}
   if rest.get("variant") is None:
     rest["variant"] = model.variant or ("paper" if model.config.linear else "reference_dense")
+  for name in ("block", "ratio"):
+    if (usual := getattr(preset, name)) is not None:
+      rest.setdefault(name, usual)
   try:
     geometry = Geometry(height, width, patch=model.config.patch, **rest)
   except TypeError as e:
     raise ValueError(
       f"A setting is unknown ({', '.join(rest)}); there are those of Geometry and StreamConfig."
     ) from e
+  dtype = dtype or default_dtype()
   return StreamConfig(model.config, geometry, dtype=dtype, backend=backend, **stream)
+
+
+def default_dtype() -> str:
+  """What is computed in unless something else is asked for: bfloat16, but float32 on processors.
+
+  XLA has no faster arithmetic in bfloat16 there, and converts back and forth.
+  """
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from hfjax.streaming.stream import NEGATIVE
 
-STAGES = ("flow", "ode", "dmd", "hybrid")
+STAGES = ("vae", "flow", "ode", "dmd", "hybrid")
 
 
 def default_config() -> ConfigDict:
@@ -35,6 +35,7 @@ def default_config() -> ConfigDict:
   c.text.weights = "weights/wan-1.3b"
   c.text.negative = NEGATIVE
   c.text.device = "default"  # or cpu: encodes there, which saves memory and takes time
+  c.text.tokenizer = ""  # folder of the tokenizer, for a random text encoder that is trained
   c.vae = ConfigDict()
   c.vae.weights = "weights/wan-1.3b"  # or none: no videos, and first latents are not encoded anew
 
@@ -54,6 +55,12 @@ def default_config() -> ConfigDict:
   c.denoising.warp = True
   c.denoising.shift = 5.0
   c.denoising.context_timestep = 0.0
+
+  c.autoencoder = ConfigDict()  # of the stage vae; see distill.reconstruction.Reconstruction
+  c.autoencoder.frames = 17
+  c.autoencoder.kl = 1e-4
+  c.autoencoder.square = 1.0
+  c.autoencoder.edges = 1.0
 
   c.distill = ConfigDict()  # see distill.objectives.Distillation
   c.distill.generator_every = 5  # steps from one update of the student to the next
@@ -79,6 +86,7 @@ def default_config() -> ConfigDict:
   c.flow.shift = 5.0
   c.flow.weighted = True
   c.flow.drop_text = 0.1
+  c.flow.train_text_encoder = False  # together with the transformer
   c.flow.forcing = "none"
   c.flow.context_noise = 0.0
   c.flow.guidance = 5.0  # of validation videos
@@ -99,11 +107,13 @@ def default_config() -> ConfigDict:
   c.lora.targets = ("all",)
 
   c.data = ConfigDict()
-  # A folder of the stage's tool (or, of prompts, a file); or made: made on the spot, to try.
+  # A folder of the stage's tool (or, of prompts, a file); or made: made on the spot, to try; or
+  # shapes: clips or captions of the shapes world.
   c.data.path = "data"
   c.data.on_bad = "skip"  # or fail
   c.data.prefetch = 2
-  c.data.made = 64  # examples, where they are made
+  c.data.resident = False  # whether all arrays are kept on the device
+  c.data.made = 64  # examples, where they are made, or of the shapes world
   c.data.teacher_steps = 48  # of trajectories, where they are made
 
   c.compute = ConfigDict()
@@ -148,6 +158,42 @@ def small_config() -> ConfigDict:
   c.distill.most = 4
   c.distill.generator_every = 2
   c.critic_optimizer.rate = 1e-4
+  return c
+
+
+def tiny_config() -> ConfigDict:
+  """The defaults for the model of the shapes world: its sizes, and none of its weights.
+
+  A frame is 64 tokens, and blocks of attention are 16, so that a window of 9 frames has 36 blocks.
+  """
+  c = default_config()
+  for network in (c.student, c.critic, c.teacher):
+    network.weights = "random:shapes"
+  c.vae.weights = "weights/tiny"
+  c.text.weights = "weights/tiny"
+  c.text.negative = ""
+  c.geometry.height = 16
+  c.geometry.width = 16
+  c.geometry.block = 16
+  for group in (c.denoising, c.flow):
+    group.shift = 3.0  # less than where frames are larger, as noise hides less of small ones
+  c.flow.weighted = False
+  c.flow.guidance = 3.0
+  c.compute.remat = False  # there is memory enough
+  c.compute.backend = "xla"
+  for optimizer in (c.optimizer, c.critic_optimizer):
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.99
+    optimizer.decay = 0.0
+    optimizer.clip = 1.0
+  c.log.every = 20
+  c.checkpoint.keep = 1
+  c.validation.prompts = (
+    "a large red circle moves left over a gradient",
+    "a small cyan star spins while a large orange square bounces, on stripes",
+    "a medium green triangle rises and a large blue ring pulses on a plain background",
+    "a large white cross orbits behind a grey pillar, over a slowly panning checkerboard",
+  )
   return c
 
 

@@ -23,7 +23,7 @@ def dry_run(plan: Plan, say: Callable[[str], None]):
   if plan.distills:
     assert plan.teacher is not None
     teacher = plan.shapes(plan.teacher, jnp.dtype(c.teacher.dtype))
-  if (sizes := plan.vae) is not None:
+  if (sizes := plan.vae) is not None and "autoencoder" not in plan.parts:
     tree = jax.eval_shape(lambda: vae.init_params(sizes, jax.random.key(0)))
     everywhere, dtype = parallel.replicated(plan.mesh), plan.stream.compute_dtype
     decoder = jax.tree.map(
@@ -41,15 +41,19 @@ def dry_run(plan: Plan, say: Callable[[str], None]):
   say(f"  held on a device: {held / 1e9:.2f} GB")
   for name in parts:
     update = Stage.make(plan, name)
-    other = {"student": "critic", "critic": "student"}[name]
+    other = {"student": "critic", "critic": "student"}.get(name)
     fixed = Fixed(base, parts[other].params if other in parts else None, Frozen(teacher, decoder))
     begin = time.perf_counter()
     key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = update.lower(parts[name], fixed, batch_shapes(plan), key).compile()
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    if name == "autoencoder":  # of convolutions XLA's count is all there is
+      work = f"{(compiled.cost_analysis() or {}).get('flops', 0) / 1e12:.3g} TFLOP as XLA counts"
+    else:
+      work = f"{operations(plan, name) / 1e12:.3g} TFLOP of the models"
     say(
-      f"update of the {name}: {operations(plan, name) / 1e12:.3g} TFLOP of the models, "
+      f"update of the {name}: {work}, "
       f"{needed / 1e9:.2f} GB on a device, {memory.temp_size_in_bytes / 1e9:.2f} of them while it "
       f"runs; compiled in {time.perf_counter() - begin:.0f} s"
     )

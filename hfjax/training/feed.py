@@ -1,5 +1,6 @@
 """Batches of a stage, from its data to the devices."""
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -9,14 +10,19 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hfjax.data import loading, made, sources, trajectories
+from hfjax.data import loading, made, shapes, sources, trajectories
 from hfjax.data.rejects import NAMED, DataError
+from hfjax.data.resident import Resident
+from hfjax.distill.objectives import Texts
+from hfjax.distill.reconstruction import Reconstruction
 from hfjax.training.plan import Plan
 from hfjax.training.progress import Progress
-from hfjax.training.stages import ARRAYS, Batch, put, put_negative
-from hfjax.training.weights import Encoder, load_teacher
+from hfjax.training.stages import ARRAYS, Batch, Tokens, put, put_negative
+from hfjax.training.weights import Encoder, TrainedText, load_teacher
 
-_KINDS = {"flow": "videos", "ode": "trajectories", "dmd": "prompts", "hybrid": "prompts"}
+_KINDS = {
+  "vae": "clips", "flow": "videos", "ode": "trajectories", "dmd": "prompts", "hybrid": "prompts",
+}  # fmt: skip
 
 
 class Feed:
@@ -25,26 +31,52 @@ class Feed:
   rejected: examples that were left out so far.
   """
 
-  def __init__(self, plan: Plan, encode: Encoder, workdir: Path, say, quiet: bool = False):
-    """Raises DataError if there are no data, or other ones than the stage needs."""
+  def __init__(self, plan: Plan, encode: Encoder | None, workdir: Path, say, quiet: bool = False):
+    """encode: None where there are no prompts, in the stage vae.
+
+    Raises DataError if there are no data, or other ones than the stage needs.
+    """
     self.plan, self.encode = plan, encode
     c, processes = plan.config, jax.process_count()
     if c.batch % processes:
       raise DataError(
         f"A batch of {c.batch} does not divide among {processes} processes; make it a multiple."
       )
-    self.source = _open(plan, encode, workdir, say, quiet)
+    source = _open(plan, encode, workdir, say, quiet)
+    name = ARRAYS.get(plan.stage)
+    self._opened = source
+    self.source = Resident(source, name) if c.data.resident and name else source
     self._say, self._cut = say, set[str]()
     self._batches = loading.batches(
       self.source, c.batch // processes, c.seed, process_index=jax.process_index(),
       process_count=processes, prefetch=c.data.prefetch, text_len=plan.student.text_len,
     )  # fmt: skip
+    if encode is None:
+      return
     encode.remember([c.text.negative])
-    self.negative = put_negative(plan, encode([c.text.negative]))
+    self._negative: tuple[Any, ...]
+    if isinstance(encode.encode, TrainedText):
+      tokens = encode.encode.tokenizer([c.text.negative])
+      self._negative = put_negative(plan, tokens.ids), put_negative(plan, tokens.length)
+    else:
+      self._negative = (put_negative(plan, encode([c.text.negative])),)
 
   def __call__(self) -> Batch:
     raw = next(self._batches)
+    name = ARRAYS.get(self.plan.stage)
+    if isinstance(self.source, Resident):
+      raw |= self.source.fetch(raw.pop("index"))
+    arrays = {} if name is None else {name: raw[name]}
+    return put(self.plan, arrays, None if self.plan.stage == "vae" else self._texts(raw))
+
+  def _texts(self, raw: dict[str, Any]) -> Texts | Tokens:
+    """Of a batch of examples, with the negative prompt."""
+    assert self.encode is not None
     context = raw.get("context")
+    if isinstance(self.encode.encode, TrainedText):
+      self._tell_of_long(raw["prompt"])
+      tokens = self.encode.encode.tokenizer(raw["prompt"])
+      return Tokens(tokens.ids, tokens.length, *self._negative)
     if context is None:
       self._tell_of_long(raw["prompt"])
       context = self.encode(raw["prompt"])
@@ -53,12 +85,11 @@ class Feed:
         f"The contexts of the data are {context.shape[-1]} wide, and the student takes "
         f"{self.plan.student.text_dim}; embed the prompts with the text encoder of the student."
       )
-    name = ARRAYS.get(self.plan.stage)
-    arrays = {} if name is None else {name: raw[name]}
-    return put(self.plan, arrays, np.asarray(context), self.negative)
+    return Texts(context, *self._negative)
 
   def _tell_of_long(self, prompts: list[str]):
     """Prompts that are cut are counted, and the first ten named."""
+    assert self.encode is not None
     for prompt in prompts:
       if prompt in self._cut or not (surplus := self.encode.surplus(prompt)):
         continue
@@ -74,13 +105,23 @@ class Feed:
   @property
   def has_contexts(self) -> bool:
     """Whether prompts of the data need no text encoder."""
-    return "context" in getattr(self.source, "shapes", {})
+    return "context" in getattr(self._opened, "shapes", {})
 
   @property
   def rejected(self) -> int:
     """Examples that were left out so far."""
     rejects = getattr(self.source, "rejects", None)
     return 0 if rejects is None else rejects.count
+
+  def clips(self, count: int) -> list[np.ndarray]:
+    """The first clips of the data that can be read, or all if these are fewer."""
+    found: list[np.ndarray] = []
+    for i in range(len(self._opened)):
+      if len(found) == count:
+        break
+      with contextlib.suppress(DataError):  # which batches tell of
+        found.append(self._opened[i]["video"])
+    return found
 
   def state(self) -> list[dict[str, Any]]:
     """Where each process's next batch lies; JSON-able."""
@@ -108,19 +149,26 @@ def _gather(text: str) -> list[str]:
   return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
 
 
-def _open(plan: Plan, encode: Encoder, workdir: Path, say, quiet: bool) -> Any:
+def _open(plan: Plan, encode: Encoder | None, workdir: Path, say, quiet: bool) -> Any:
   c = plan.config
   if c.data.path == "made":
+    if plan.stage == "vae":
+      return made.MadeClips(*_clip_shape(plan), count=c.data.made, seed=c.seed)
     prompts = (made.made_prompts() * -(-c.data.made // len(made.made_prompts())))[: c.data.made]
     if plan.stage == "flow":
       return made.made_latents(*plan.latent_shape, count=c.data.made, seed=c.seed)
     if plan.distills:
       return sources.Prompts(prompts)
+    assert encode is not None
     path = _make_trajectories(plan, encode, workdir, prompts, say, quiet)
+  elif c.data.path == "shapes":
+    return _shapes(plan)
   else:
     path = Path(c.data.path)
   expect: dict[str, Any] = {}
-  if plan.stage == "flow":
+  if plan.stage == "vae":
+    expect = {"video": _clip_shape(plan)}
+  elif plan.stage == "flow":
     expect = {"latents": plan.latent_shape}
   elif plan.stage == "ode":
     expect = {"trajectory": (len(plan.stream.steps) + 1, *plan.latent_shape)}
@@ -128,6 +176,30 @@ def _open(plan: Plan, encode: Encoder, workdir: Path, say, quiet: bool) -> Any:
   if plan.stage == "ode":
     _check_times(plan, path, getattr(source, "about", {}))
   return source
+
+
+def _clip_shape(plan: Plan) -> tuple[int, int, int, int]:
+  """Of clips of pixels: frames, rows, columns, colours."""
+  g, o = plan.stream.geometry, plan.objective
+  assert isinstance(o, Reconstruction)
+  return (o.frames, g.height * o.vae.space_factor, g.width * o.vae.space_factor, 3)
+
+
+def _shapes(plan: Plan) -> Any:
+  """Clips or captions of the shapes world."""
+  c = plan.config
+  if plan.distills:
+    return sources.Prompts(shapes.prompts("train", c.data.made, c.seed))
+  if plan.stage != "vae":
+    raise DataError(
+      f"The stage {plan.stage} takes no pixels; make its data with a tool, and give their folder."
+    )
+  if _clip_shape(plan)[1:3] != (shapes.SIZE, shapes.SIZE):
+    raise DataError(
+      f"Clips of the shapes world are {shapes.SIZE} pixels wide and high; set geometry.height and "
+      "geometry.width to them in latents."
+    )
+  return shapes.Shapes("train", c.data.made, c.seed, _clip_shape(plan)[0])
 
 
 def _check_times(plan: Plan, path: Path, about: dict[str, Any]):

@@ -24,12 +24,12 @@ from hfjax.convert import runs
 from hfjax.convert.source import CheckpointError
 from hfjax.data.rejects import DataError
 from hfjax.distill.objectives import Frozen
-from hfjax.streaming.trees import named
+from hfjax.training import autoencoder, lora, validation, weights
 from hfjax.training import config as configs
-from hfjax.training import lora, validation, weights
 from hfjax.training.checkpoints import CheckpointFailed, Checkpoints
 from hfjax.training.config import ConfigError
 from hfjax.training.feed import Feed
+from hfjax.training.items import items_of, models_of, parts_of
 from hfjax.training.metrics import Metrics
 from hfjax.training.plan import Plan
 from hfjax.training.progress import Progress
@@ -143,13 +143,16 @@ class Run:
   ):
     self.plan, self.workdir, self.checkpoints = plan, workdir, checkpoints
     self.metrics, self.stop, self.say = metrics, stop, say
-    self.encode = weights.Encoder(plan)
+    self.encode = weights.Encoder(plan) if plan.stage != "vae" else None
     self.feed = Feed(plan, self.encode, workdir, say, quiet)
-    self.autoencoder = weights.load_autoencoder(plan)
-    if plan.config.validation.every and self.autoencoder is not None:
-      self.encode.remember(plan.config.validation.prompts)
-    if self.feed.has_contexts:
-      self.encode.let_go()
+    self.autoencoder = None
+    if self.encode is not None:
+      self.autoencoder = weights.load_autoencoder(plan)
+      if plan.config.validation.every and self.autoencoder is not None:
+        self.encode.remember(plan.config.validation.prompts)
+      if self.feed.has_contexts:
+        self.encode.let_go()
+      self.encode.keep_tokenizer(workdir)
     self.step = 0
     self.saved: int | None = None
     self.hopeless = ""  # why training cannot go on
@@ -163,7 +166,7 @@ class Run:
 
   def go(self, progress: Progress):
     """Makes all steps that are left; TrainingStopped if too many cannot be made."""
-    c = self.plan.config
+    plan, c = self.plan, self.plan.config
     pending: tuple[int, Mapping[str, Any]] | None = None
     while self.step < c.steps and not self.hopeless and not self.stop.asked():
       try:
@@ -186,7 +189,7 @@ class Run:
         pending = None
         with progress.paused():
           self.save(last)  # before videos too, which take their time
-          if validates and self.autoencoder is not None:
+          if validates and (self.autoencoder is not None or plan.stage == "vae"):
             self.validate()
     if pending is not None:
       self._take(*pending, progress)
@@ -212,11 +215,19 @@ class Run:
 
   def validate(self):
     """Writes videos."""
-    assert self.autoencoder is not None
     if jax.process_count() > 1:
       self.say("Validation videos are made by runs of one process only; convert a checkpoint.")
       return
     try:
+      if self.encode is None:
+        kinds = {"raw": False} | ({"ema": True} if self.plan.average else {})
+        autoencoder.validate(
+          self.plan, {k: self.stage.trained("autoencoder", x) for k, x in kinds.items()},
+          self.feed.clips(len(self.plan.config.validation.prompts)), self.step, self.workdir,
+          self.metrics, self.say,
+        )  # fmt: skip
+        return
+      assert self.autoencoder is not None
       validation.make_videos(
         self.plan, self.stage, self.encode, self.autoencoder, self.step, self.workdir,
         self.metrics, self.say, self.stop.asked,
@@ -235,29 +246,43 @@ class Run:
       self.checkpoints.wait()
     except CheckpointFailed as e:  # of the one before, which is no reason to leave this one out
       self.say(str(e) if last else f"{e} Training goes on.")
-    plan, student = self.plan, self.stage.parts["student"]
+    plan = self.plan
     note = {
       "format": runs.FORMAT,
       "step": self.step,
       "architecture": dataclasses.asdict(plan.student),
       "variant": plan.stream.geometry.variant if plan.causal else None,
       "preset": _preset(plan),
+      "models": models_of(plan),
       "lora": None if plan.low is None else dataclasses.asdict(plan.low),
       "config": plan.config.to_dict(),
       "data": self.feed.state(),
     }
     if note["variant"] is None:
       note["variant"] = "paper" if plan.student.linear else "reference_dense"
+    if plan.stage == "vae":
+      note["models"] |= self._measured()
     try:
-      self.checkpoints.save(self.step, _items(plan, self.stage.parts, self.stage.base), note)
+      self.checkpoints.save(self.step, items_of(plan, self.stage.parts, self.stage.base), note)
       self.saved = self.step
       if plan.low is not None and jax.process_count() == 1:
         path = self.workdir / "adapters.safetensors"
-        lora.save(path, plan.student, jax.device_get(student.params), plan.low.alpha)
+        adapters = jax.device_get(self.stage.trained("student"))
+        lora.save(path, plan.student, adapters, plan.low.alpha)
     except (CheckpointFailed, CheckpointError) as e:
       if last:
         raise
       self.say(f"{e} Training goes on.")
+
+  def _measured(self) -> dict[str, Any]:
+    """The autoencoder and its average, with statistics of what they make of the first clips."""
+    plan, clips, found = self.plan, self.feed.clips(autoencoder.MEASURED), {}
+    assert plan.vae is not None
+    for name in ("vae", "vae_ema") if plan.average else ("vae",):
+      params = self.stage.trained("autoencoder", name == "vae_ema")
+      mean, std = autoencoder.statistics(plan.vae, params, clips, plan.stream.compute_dtype)
+      found[name] = dataclasses.asdict(dataclasses.replace(plan.vae, mean=mean, std=std))
+    return found
 
   def _begin(self) -> tuple[dict[str, Part], Any]:
     """Parts of a run that begins, and the weights below adapters."""
@@ -274,19 +299,14 @@ class Run:
     plan = self.plan
     like = {name: plan.part_shapes(name) for name in plan.parts}
     base = plan.shapes(plan.student) if plan.low is not None else None
-    found = self.checkpoints.restore(_items(plan, like, base))
+    found = self.checkpoints.restore(items_of(plan, like, base))
     if found is None:
       return None
     self.step = self.saved = found.step
     self.feed.restore(found.note["data"])
     self.metrics.resume(found.step)
     self.say(f"Going on after step {found.step}.")
-    parts = {}
-    for name, part in like.items():
-      opt, counts = _unflatten(part, found.items["optimizers"][name])
-      trained = "critic" if name == "critic" else "student" if plan.low is None else "adapters"
-      ema = found.items["ema"] if part.ema is not None else None
-      parts[name] = Part(found.items[trained], opt, ema, **counts)
+    parts = parts_of(plan, like, found.items)
     return parts, None if base is None else found.items["student"]
 
   def _take(self, step: int, figures: Mapping[str, Mapping[str, Any]], progress: Progress):
@@ -342,36 +362,9 @@ def _rate(plan: Plan, name: str, figures: Mapping[str, Any]) -> float:
   return float(rate)
 
 
-def _items(plan: Plan, parts: Mapping[str, Part], base: Any) -> dict[str, Any]:
-  """What a checkpoint holds of networks, of arrays or of their shapes; see `convert.runs`."""
-  student = parts["student"]
-  items = {"student": student.params if plan.low is None else base}
-  if plan.low is not None:
-    items["adapters"] = student.params
-  if student.ema is not None:
-    items["ema"] = student.ema
-  if "critic" in parts:
-    items["critic"] = parts["critic"].params
-  items["optimizers"] = {
-    name: {**_flat(part.opt), **{k: getattr(part, k) for k in COUNTS}}
-    for name, part in parts.items()
-  }
-  return items
-
-
-def _flat(opt: Any) -> dict[str, Any]:
-  """An optimizer's state by names, as its own classes are none that files have."""
-  return {f"opt.{name.replace('/', '.')}": x for name, x in named(opt).items()}
-
-
-def _unflatten(like: Part, arrays: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-  leaves = [arrays[name] for name in _flat(like.opt)]
-  return jax.tree.unflatten(jax.tree.structure(like.opt), leaves), {k: arrays[k] for k in COUNTS}
-
-
 def _preset(plan: Plan) -> str | None:
   """How the student is meant to be sampled, where a preset says so."""
-  if not plan.causal:
+  if plan.stage == "vae" or not plan.causal:
     return "wan"
   if plan.stage == "flow":
     return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ from hfjax.convert import checkpoint
 from hfjax.diffusion import guidance as guiding
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.distill.objectives import Distillation, FlowMatching, Regression
-from hfjax.models import wan
+from hfjax.distill.reconstruction import Reconstruction
+from hfjax.models import umt5, vae, wan
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
+from hfjax.models.umt5 import Umt5Config
 from hfjax.models.vae import VaeConfig
 from hfjax.streaming.config import StreamConfig
 from hfjax.training import lora
@@ -42,20 +45,22 @@ class Plan:
   """A config, checked, as the objects that training is made of.
 
   student, critic, teacher, vae: architectures, None where the stage has none.
-  objective: of the stage. samples: of a microbatch.
+  text: architecture of the text encoder, where it is trained.
+  objective: of the stage.
   """
 
   config: FrozenConfigDict
   mesh: Mesh
   student: WanConfig
   stream: StreamConfig
-  objective: Distillation | FlowMatching | Regression
+  objective: Distillation | FlowMatching | Regression | Reconstruction
   optimizer: OptimizerConfig
   average: Average | None
   critic: WanConfig | None = None
   critic_optimizer: OptimizerConfig | None = None
   teacher: WanConfig | None = None
   vae: VaeConfig | None = None
+  text: Umt5Config | None = None
   low: Low | None = None
 
   @property
@@ -79,6 +84,8 @@ class Plan:
     c = self.config
     if isinstance(self.objective, Distillation):
       return self.objective.last * self.stream.geometry.chunk
+    if isinstance(self.objective, Reconstruction):
+      return (self.objective.frames - 1) // self.objective.vae.time_factor + 1
     return c.flow.frames if self.stage == "flow" else c.ode.frames
 
   @property
@@ -99,19 +106,26 @@ class Plan:
     return chosen.make(self.updates(part))
 
   def average_of(self, part: str) -> Average | None:
-    """Only the student's weights are averaged."""
-    return self.average if part == "student" else None
+    """All but the critic's weights are averaged."""
+    return None if part == "critic" else self.average
 
   def shapes(self, network: WanConfig, dtype: Any = jnp.float32) -> Any:
     """Of a transformer's parameters, with shardings."""
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), _shapes(network))
+    like = _shapes(wan.init_params, network)
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
     return parallel.abstract(self.mesh, tree)
 
   def trained_shapes(self, part: str) -> Any:
-    """Of what is trained of "student" or "critic": parameters, or adapters."""
+    """Of what is trained of a part: parameters, or adapters, or those of two networks."""
+    if part == "autoencoder":
+      assert self.vae is not None
+      return parallel.abstract(self.mesh, _shapes(vae.init_params, self.vae))
     network = self.critic if part == "critic" else self.student
     assert network is not None
     params = self.shapes(network)
+    if part == "student" and self.text is not None:
+      text = parallel.abstract(self.mesh, _shapes(umt5.init_params, self.text))
+      return {"student": params, "text": text}
     if part == "critic" or self.low is None:
       return params
     low = self.low
@@ -119,7 +133,7 @@ class Plan:
     return parallel.abstract(self.mesh, jax.eval_shape(make))
 
   def part_shapes(self, part: str) -> Part:
-    """Of all that an update of "student" or "critic" changes, with shardings."""
+    """Of all that an update of a part changes, with shardings."""
     make = functools.partial(
       init_part, optimizer=self.optimizer_of(part), average=self.average_of(part)
     )
@@ -127,13 +141,15 @@ class Plan:
 
   @property
   def parts(self) -> tuple[str, ...]:
-    """Networks that are trained."""
+    """What is trained; the student with its text encoder is one."""
+    if isinstance(self.objective, Reconstruction):
+      return ("autoencoder",)
     return ("student", "critic") if self.distills else ("student",)
 
 
 @functools.cache  # takes a second, and is asked for often
-def _shapes(network: WanConfig) -> Any:
-  return jax.eval_shape(functools.partial(wan.init_params, network), jax.random.key(0))
+def _shapes(init: Callable[[Any, Any], Any], network: Any) -> Any:
+  return jax.eval_shape(functools.partial(init, network), jax.random.key(0))
 
 
 def make_plan(config: FrozenConfigDict) -> Plan:
@@ -175,6 +191,11 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
     raise ConfigError(f"teacher.dtype is {c.teacher.dtype!r}; choose bfloat16 or float32.")
   if c.init_ema and not c.init:
     raise ConfigError("init_ema is set and init is not; say with init which run's averages.")
+  if c.flow.train_text_encoder and (c.stage != "flow" or c.lora.rank):
+    raise ConfigError(
+      "flow.train_text_encoder is set, which the stage flow knows without adapters only; leave it "
+      "out, or set stage to flow and lora.rank to 0."
+    )
   if c.batch % c.accumulate:
     raise ConfigError(
       f"A batch of {c.batch} does not divide into {c.accumulate} parts; make batch a multiple of "
@@ -182,15 +203,16 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
     )
   mesh = parallel.make_mesh(c.compute.fsdp)
   parallel.check_batch(mesh, c.batch // c.accumulate)
+  begins = c.init and c.stage != "vae"
   student = dataclasses.replace(
-    architecture(c.init or c.student.weights, "init" if c.init else "student.weights"),
+    architecture(c.init if begins else c.student.weights, "init" if begins else "student.weights"),
     linear=c.student.linear,
   )
   stream = StreamConfig(
     student, Geometry(patch=student.patch, **dict(c.geometry)), remat=c.compute.remat,
     dtype=c.compute.dtype, backend=c.compute.backend, **dict(c.denoising),
   )  # fmt: skip
-  autoencoder = vae_architecture(c.vae.weights)
+  autoencoder = vae_architecture(c.init if c.init and c.stage == "vae" else c.vae.weights)
   average = None
   if c.ema.decay:
     every = c.distill.generator_every if c.stage in ("dmd", "hybrid") else 1
@@ -207,8 +229,12 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
     "config": c, "mesh": mesh, "student": student, "stream": stream, "average": average,
     "vae": autoencoder, "optimizer": OptimizerConfig(**dict(c.optimizer)), "low": low,
   }  # fmt: skip
+  if c.stage == "vae":
+    return _checked(_autoencoding(c, common))
   if c.stage == "flow":
     f, g = c.flow, stream.geometry
+    if f.train_text_encoder:
+      common["text"] = text_architecture(c.text.weights, student)
     objective: Any = FlowMatching(
       student, f.shift, f.weighted, f.drop_text, f.forcing, g.chunk, f.context_noise,
       c.compute.dtype, c.compute.remat,
@@ -249,6 +275,21 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
   ))  # fmt: skip
 
 
+def _autoencoding(c: FrozenConfigDict, common: dict[str, Any]) -> Plan:
+  """Of the stage vae."""
+  sizes = common["vae"]
+  if sizes is None or c.lora.rank:
+    raise ConfigError(
+      "The stage vae trains the whole autoencoder that vae.weights names; name one, and set "
+      "lora.rank to 0."
+    )
+  # What is learnt does not depend on statistics of the latents, which are measured at the end.
+  sizes = dataclasses.replace(sizes, mean=(0.0,) * sizes.z_dim, std=(1.0,) * sizes.z_dim)
+  a = c.autoencoder
+  objective = Reconstruction(sizes, dtype=c.compute.dtype, remat=c.compute.remat, **dict(a))
+  return Plan(objective=objective, **common | {"vae": sizes})
+
+
 def _checked(plan: Plan) -> Plan:
   c = plan.config
   if plan.vae is not None and plan.vae.z_dim != plan.student.out_dim:
@@ -283,6 +324,29 @@ def architecture(weights: str, key: str) -> WanConfig:
     return checkpoint.open_parts(convert.locate(weights), "dit")[0].config
   except convert.CheckpointError as e:
     raise convert.CheckpointError(f"{key} of the config cannot be used. {e}") from e
+
+
+def text_architecture(weights: str, student: WanConfig) -> Umt5Config:
+  """Of a text encoder that is trained with the student."""
+  if weights.startswith(RANDOM):
+    name = weights.removeprefix(RANDOM)
+    if name not in umt5.PRESETS:
+      raise ConfigError(
+        f"There is no text encoder {name!r} to draw weights for; choose one of "
+        f"{', '.join(umt5.PRESETS)} in text.weights."
+      )
+    found = umt5.PRESETS[name]
+  else:
+    try:
+      found = checkpoint.open_parts(convert.locate(weights), "umt5")[0].config
+    except convert.CheckpointError as e:
+      raise convert.CheckpointError(f"text.weights of the config cannot be used. {e}") from e
+  if found.dim != student.text_dim:
+    raise ConfigError(
+      f"The text encoder in {weights} gives rows of {found.dim} numbers, and the student takes "
+      f"{student.text_dim}; bring two that fit together."
+    )
+  return found
 
 
 def vae_architecture(weights: str) -> VaeConfig | None:

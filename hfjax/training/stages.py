@@ -9,13 +9,15 @@ import numpy as np
 
 from hfjax import parallel
 from hfjax.distill.objectives import Distillation, FlowMatching, Frozen, Regression, Texts
+from hfjax.distill.reconstruction import Reconstruction
+from hfjax.models import umt5, wan
 from hfjax.training import lora
 from hfjax.training.plan import Plan
 from hfjax.training.update import Loss, Part, make_update
 
 Batch = dict[str, Any]
 # What data of a stage hold beside prompts.
-ARRAYS = {"flow": "latents", "ode": "trajectory"}
+ARRAYS = {"vae": "video", "flow": "latents", "ode": "trajectory"}
 
 
 class Fixed(NamedTuple):
@@ -29,8 +31,17 @@ class Fixed(NamedTuple):
   frozen: Frozen
 
 
+class Tokens(NamedTuple):
+  """Prompts of a batch and the negative prompt, not yet encoded, and how many tokens count."""
+
+  ids: Any
+  length: Any
+  negative_ids: Any
+  negative_length: Any
+
+
 def loss_of(plan: Plan, part: str) -> Loss:
-  """The loss of "student" or "critic", of what is trained of it."""
+  """The loss of a part, of what is trained of it."""
   o, low = plan.objective, plan.low
 
   def whole(trained, fixed: Fixed):
@@ -45,11 +56,27 @@ def loss_of(plan: Plan, part: str) -> Loss:
     return lambda trained, fixed, batch, key: o.generator_loss(
       whole(trained, fixed), fixed.other, fixed.frozen, batch["texts"], key
     )
-  assert isinstance(o, (FlowMatching, Regression))
   name = ARRAYS[plan.stage]
+  if isinstance(o, Reconstruction):
+    return lambda trained, fixed, batch, key: o.loss(trained, batch[name], key)
+  assert isinstance(o, (FlowMatching, Regression))
+  if plan.text is not None:
+    return lambda trained, fixed, batch, key: o.loss(
+      trained["student"], batch[name], encoded(plan, trained["text"], batch["texts"]), key
+    )
   return lambda trained, fixed, batch, key: o.loss(
     whole(trained, fixed), batch[name], batch["texts"], key
   )
+
+
+def encoded(plan: Plan, params: Any, tokens: Tokens) -> Texts:
+  """Contexts that a text encoder under training makes of tokens."""
+  assert plan.text is not None
+  ids = jnp.concatenate([tokens.ids, tokens.negative_ids])
+  length = jnp.concatenate([tokens.length, tokens.negative_length])
+  rows = umt5.encode(plan.text, params, ids, length, plan.stream.compute_dtype)
+  rows = wan.pad_text(plan.student, rows.astype(jnp.float32))
+  return Texts(rows[:-1], rows[-1:])
 
 
 class Stage:
@@ -95,52 +122,82 @@ class Stage:
 
   def fixed(self, name: str) -> Fixed:
     """What an update of a part reads."""
-    other = {"student": "critic", "critic": "student"}[name]
+    other = {"student": "critic", "critic": "student"}.get(name)
     trained = self.parts[other].params if other in self.parts else None
     return Fixed(self.base, trained, self.frozen)
 
   def student(self, averaged: bool = False) -> Any:
     """The student's parameters, adapters merged."""
-    part, low = self.parts["student"], self.plan.low
-    trained = part.ema if averaged else part.params
+    low, trained = self.plan.low, self.trained("student", averaged)
+    if self.plan.text is not None:
+      return trained["student"]
     return trained if low is None else _merged(self.base, trained, low.alpha)
+
+  def text(self, averaged: bool = False) -> Any:
+    """The parameters of the text encoder that is trained with the student."""
+    return self.trained("student", averaged)["text"]
+
+  def trained(self, name: str, averaged: bool = False) -> Any:
+    """What is trained of a part, or its average."""
+    part = self.parts[name]
+    return part.ema if averaged else part.params
 
 
 _merged = jax.jit(lora.merge, static_argnums=2)
 
 
-def put(plan: Plan, arrays: Mapping[str, np.ndarray], context: Any, negative: Any) -> Batch:
+def put(plan: Plan, arrays: Mapping[str, Any], texts: Texts | Tokens | None) -> Batch:
   """A batch on the devices, `[k b ...]`, of what this process has of it `[n ...]`.
 
-  context: `[n t w]`. negative: `[1 t w]`.
+  texts: of the samples, `[n ...]`, and the negative prompt's as `put_negative` gives them.
   """
   parts = plan.config.accumulate
-  cut = lambda x: np.reshape(x, (parts, len(x) // parts, *np.shape(x)[1:]))
-  placed = parallel.put_batch(
-    plan.mesh, {name: cut(x) for name, x in {**arrays, "context": context}.items()}, axis=1
-  )
-  return {**placed, "texts": Texts(placed.pop("context"), negative)}
+
+  def place(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or jax.process_count() > 1:
+      x = np.asarray(x)
+    x = x.reshape(parts, len(x) // parts, *x.shape[1:])
+    if isinstance(x, jax.Array):  # is on the device already, and the host does not wait for it
+      return jax.device_put(x, parallel.batched(plan.mesh, 1))
+    return parallel.put_batch(plan.mesh, x, axis=1)
+
+  batch: Batch = {name: place(x) for name, x in arrays.items()}
+  if texts is not None:
+    batch["texts"] = texts._replace(**{name: place(getattr(texts, name)) for name in _own(texts)})
+  return batch
+
+
+def _own(texts: Texts | Tokens) -> list[str]:
+  """Fields that each sample has of its own."""
+  return [name for name in texts._fields if not name.startswith("negative")]
 
 
 def put_negative(plan: Plan, negative: Any) -> Any:
-  """The negative prompt's context for every part of a batch, `[k 1 t w]`."""
-  x = np.broadcast_to(np.asarray(negative), (plan.config.accumulate, *negative.shape))
+  """What the negative prompt is, `[1 ...]`, for every part of a batch, `[k 1 ...]`."""
+  x = np.broadcast_to(np.asarray(negative), (plan.config.accumulate, *np.shape(negative)))
   return jax.device_put(x, parallel.replicated(plan.mesh))
 
 
 def batch_shapes(plan: Plan) -> Batch:
   """Shapes of a batch, with shardings."""
-  c, m = plan.config, plan.student
+  c, m, o = plan.config, plan.student, plan.objective
   each = c.batch // c.accumulate
-  split = parallel.batched(plan.mesh, 1)
+  split, whole = parallel.batched(plan.mesh, 1), parallel.replicated(plan.mesh)
 
-  def struct(*shape: int, sharding=split):
-    return jax.ShapeDtypeStruct((c.accumulate, *shape), jnp.float32, sharding=sharding)
+  def struct(*shape: int, dtype: Any = jnp.float32, sharding=split):
+    return jax.ShapeDtypeStruct((c.accumulate, *shape), dtype, sharding=sharding)
 
-  texts = Texts(
-    struct(each, m.text_len, m.text_dim),
-    struct(1, m.text_len, m.text_dim, sharding=parallel.replicated(plan.mesh)),
-  )
+  if isinstance(o, Reconstruction):
+    g, space = plan.stream.geometry, o.vae.space_factor
+    shape = (each, o.frames, g.height * space, g.width * space, 3)
+    return {"video": struct(*shape, dtype=jnp.uint8)}
+  rows = m.text_len
+  texts: Any = Texts(struct(each, rows, m.text_dim), struct(1, rows, m.text_dim, sharding=whole))
+  if plan.text is not None:
+    texts = Tokens(
+      struct(each, rows, dtype=jnp.int32), struct(each, dtype=jnp.int32),
+      struct(1, rows, dtype=jnp.int32, sharding=whole), struct(1, dtype=jnp.int32, sharding=whole),
+    )  # fmt: skip
   if plan.distills:
     return {"texts": texts}
   states = (len(c.denoising.steps) + 1,) if plan.stage == "ode" else ()

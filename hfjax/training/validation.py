@@ -17,7 +17,7 @@ from hfjax.streaming.pixels import Autoencoder
 from hfjax.training.metrics import Metrics
 from hfjax.training.plan import Plan
 from hfjax.training.stages import Stage
-from hfjax.training.weights import Encoder, as_pipeline
+from hfjax.training.weights import Encoder, TrainedText, as_pipeline
 from hfjax.video import Preview, VideoError, VideoWriter, write_image
 
 _GEOMETRY = ("chunk", "window", "sink", "ratio", "rope_cap", "block", "variant")
@@ -44,6 +44,8 @@ def make_videos(
   for kind, averaged in kinds.items():
     if stop() or not plan.config.validation.prompts:
       return
+    if isinstance(encode.encode, TrainedText):
+      encode.encode.params = stage.text(averaged)
     model = as_pipeline(plan, stage.student(averaged), encode, autoencoder)
     name = f"step-{step:06d}-{kind}"
     previews, stems = _write(plan, model, workdir / "videos", name, say, stop)

@@ -1,6 +1,8 @@
 """Where training's networks come from: loaded or made where they shall lie."""
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hfjax import convert, parallel, pipeline
+from hfjax import text as texts
 from hfjax.data import contexts
-from hfjax.models import vae, wan
+from hfjax.models import umt5, vae, wan
 from hfjax.models.presets import WanConfig
 from hfjax.streaming.pixels import Autoencoder
 from hfjax.training import lora
@@ -19,12 +22,33 @@ _LINEAR = "linear_proj"
 
 
 def load_trained(plan: Plan, part: str) -> Any:
-  """Parameters of "student" or "critic" to begin with, float32.
+  """Parameters of a part to begin with, float32.
 
   Random ones are those that training from scratch begins with. A projection of the linear branch
   that weights lack is zero, so that nothing changes at first (quirk 3); one that shall not be there
   is left out.
   """
+  c = plan.config
+  if part == "autoencoder":
+    return _begin(plan, "vae", c.init or c.vae.weights, vae.init_params, plan.vae, c.init_ema)
+  if part == "student" and plan.text is not None:
+    return {
+      "student": _load_transformer(plan, part),
+      "text": _begin(plan, "umt5", c.text.weights, umt5.init_params, plan.text),
+    }
+  return _load_transformer(plan, part)
+
+
+def _begin(plan: Plan, kind: str, weights: str, init: Any, config: Any, averaged: bool = False):
+  """Parameters of another model than a transformer."""
+  if weights.startswith(RANDOM):
+    make = lambda seed: init(config, jax.random.fold_in(jax.random.key(seed), 3))
+    return parallel.create(make, plan.mesh, plan.config.seed)
+  place = parallel.placing(plan.mesh)
+  return convert.load(weights, kind, place, "float32", averaged=averaged).params
+
+
+def _load_transformer(plan: Plan, part: str) -> Any:
   c = plan.config
   if part == "critic":
     assert plan.critic is not None
@@ -78,12 +102,65 @@ def load_autoencoder(plan: Plan) -> Autoencoder | None:
   return Autoencoder("vae", loaded.config, loaded.params, dtype)
 
 
+class TrainedText:
+  """A text encoder under training, with its tokenizer; an `EncodesText`.
+
+  params: that prompts are encoded with.
+  """
+
+  def __init__(self, plan: Plan):
+    """Raises CheckpointError if there is no tokenizer, or it has more ids than the encoder."""
+    c = plan.config
+    assert plan.text is not None
+    self.model, self.network, self.dtype = plan.student, plan.text, plan.stream.compute_dtype
+    self.params: Any = None
+    self.folder = tokenizer_folder(plan)
+    try:
+      self.tokenizer = texts.Tokenizer.load(self.folder, plan.student.text_len, plan.text.vocab)
+    except (FileNotFoundError, ValueError) as e:
+      key = "text.tokenizer" if c.text.tokenizer else "text.weights"
+      raise convert.CheckpointError(f"{key} of the config cannot be used. {e}") from e
+
+  def __call__(self, prompts: Sequence[str]) -> Float[Array, "b t w"]:
+    t = self.tokenizer(prompts)
+    rows = _encode(self.network, self.dtype, self.params, t.ids, t.length)
+    return wan.pad_text(self.model, rows)
+
+  def surplus(self, prompt: str) -> int:
+    """Tokens of a prompt that are cut off."""
+    return self.tokenizer.surplus(prompt)
+
+
+_encode = jax.jit(
+  lambda config, dtype, params, ids, length: umt5.encode(config, params, ids, length, dtype).astype(
+    jnp.float32
+  ),
+  static_argnums=(0, 1),
+)
+
+
+def tokenizer_folder(plan: Plan) -> Path:
+  """Where the tokenizer of a trained text encoder is; CheckpointError if nothing says so."""
+  c = plan.config
+  if c.text.tokenizer:
+    return Path(c.text.tokenizer).expanduser()
+  if c.text.weights.startswith(RANDOM):
+    raise convert.CheckpointError(
+      f"{c.text.weights} has no tokenizer; give the folder of one as text.tokenizer."
+    )
+  return convert.locate(c.text.weights)
+
+
 class Encoder:
   """Encodes prompts; weights are loaded when they are needed first, if ever."""
 
   def __init__(self, plan: Plan):
     c = plan.config
-    self.encode = contexts.text_encoder(c.text.weights, plan.stream.compute_dtype)
+    self.encode: Any
+    if plan.text is not None:
+      self.encode = TrainedText(plan)
+    else:
+      self.encode = contexts.text_encoder(c.text.weights, plan.stream.compute_dtype)
     self.network: WanConfig = plan.student
     # On the host the encoder takes no memory of the device, and seconds for each prompt.
     self.device = jax.devices("cpu")[0] if c.text.device == "cpu" else None
@@ -103,7 +180,9 @@ class Encoder:
       return wan.pad_text(self.network, self.encode(list(prompts)))
 
   def remember(self, prompts: Sequence[str]):
-    """Keeps the contexts of prompts that come again."""
+    """Keeps the contexts of prompts that come again, if they stay the same."""
+    if isinstance(self.encode, TrainedText):
+      return
     self._known |= dict(zip(prompts, self(prompts), strict=True))
 
   def let_go(self):
@@ -113,6 +192,15 @@ class Encoder:
   def surplus(self, prompt: str) -> int:
     """Tokens that are cut off."""
     return self.encode.surplus(prompt)
+
+  def keep_tokenizer(self, workdir: Path):
+    """Puts the tokenizer beside a text encoder that is trained, so that the run is complete."""
+    if isinstance(self.encode, TrainedText) and jax.process_index() == 0:
+      found = texts.find(self.encode.folder)
+      target = workdir / "tokenizer" / found.name
+      if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found, target)
 
 
 def init_adapters(plan: Plan) -> Any:

@@ -72,12 +72,14 @@ def test_presets_can_be_sampled(name):
   if p.solver:
     assert (p.window, p.sink) == (21, 0)
     solver = MultistepSolver(p.solver, p.solver_steps, p.shift)
-    np.testing.assert_array_equal(solver.timesteps[[0, 1, 2, -2, -1]], [999, 995, 991, 172, 92])
+    ends = {5: [999, 995, 991, 172, 92], 3: [999, 992, 985, 111, 57]}[int(p.shift)]
+    np.testing.assert_array_equal(solver.timesteps[[0, 1, 2, -2, -1]], ends)
     return
   model = PRESETS["hybrid-1.3b" if p.variant is None else "wan-1.3b"]
   geometry = Geometry(60, 104, window=p.window, sink=p.sink, variant=p.variant or "paper")
   config = StreamConfig(model, geometry, steps=p.steps, shift=p.shift)
-  np.testing.assert_allclose(config.timesteps, [1000, 937.5, 833.333313, 625])
+  warped = {5: [1000, 937.5, 833.333313, 625], 3: [1000, 900, 750, 500]}[int(p.shift)]
+  np.testing.assert_allclose(config.timesteps, warped)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,9 @@ def test_the_user_may_say_otherwise_and_it_is_kept(tmp_path, capsys, preset):
   assert convert(tmp_path / "wan", tmp_path / "ours", "--preset", preset) == 0
   said = capsys.readouterr().out
   assert "preset" not in said
-  assert ("Taken for variant reference_dense, as" in said) == (preset in ("hybrid", "wan"))
+  assert ("Taken for variant reference_dense, as" in said) == (
+    preset in ("hybrid", "shapes", "shapes_teacher", "wan")
+  )
   assert recorded(tmp_path / "ours") == ("reference_dense", preset)
   assert convert(tmp_path / "ours", tmp_path / "again") == 0
   assert recorded(tmp_path / "again") == ("reference_dense", preset)

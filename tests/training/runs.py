@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from hfjax import train
+from hfjax import parallel, train
 from hfjax.data import shards
 from hfjax.models.presets import PRESETS, WanConfig
 from hfjax.streaming.trees import named
@@ -54,7 +54,7 @@ def small_programs(folder: Path):
   def shared(plan, part):
     key = (
       plan.stage, part, plan.objective, plan.optimizer, plan.critic_optimizer, plan.average,
-      plan.updates(part), plan.low, plan.mesh,
+      plan.updates(part), plan.low, plan.text, plan.mesh,
     )  # fmt: skip
     if key not in made:
       made[key] = make(plan, part)
@@ -78,6 +78,15 @@ def small_programs(folder: Path):
       for name, value in before.items():
         jax.config.update(name, value)
       compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def one_device():
+  """Runs on one device, where it takes less to compile and to save."""
+  make = parallel.make_mesh
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(parallel, "make_mesh", lambda fsdp: make(fsdp, jax.devices()[:1]))
+    yield
 
 
 def flow(workdir, *more):

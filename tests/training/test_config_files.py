@@ -64,9 +64,10 @@ def test_the_published_values_are_those_of_the_real_ones(monkeypatch):
 def test_the_commands_of_the_readme_can_be_followed(monkeypatch):
   monkeypatch.chdir(ROOT)
   text = (ROOT / "README.md").read_text().replace("$P ", "python ").replace("$T", "runs/smoke_flow")
-  found = commands(text)
-  stages = [config.parse(command).config.stage for command in found]
-  assert stages == list(STAGES)
+  stages = {" ".join(x): config.parse(x).config.stage for x in commands(text)}
+  small = [stage for command, stage in stages.items() if "configs/smoke_" in command]
+  # The autoencoder's has no small twin: the others need none.
+  assert small == [stage for stage in STAGES if stage != "vae"]
 
 
 def commands(text):

@@ -266,7 +266,7 @@ def test_a_full_disk_at_the_end_is_the_exit_status(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("more", "status", "words"),
   [
-    (["--config.stage=foo"], 2, "The stage is 'foo'; choose one of flow, ode, dmd, hybrid."),
+    (["--config.stage=foo"], 2, "The stage is 'foo'; choose one of vae, flow, ode, dmd, hybrid."),
     (["--config.optimizer.speed=1"], 2, "--config.optimizer.speed is no value of"),
     (["--config.batch=3"], 2, "A batch of 3 does not divide among 2 devices"),
     (["--config.batch=4", "--config.accumulate=3"], 2, "does not divide into 3 parts"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hfjax import train
-from hfjax.data import trajectories
+from hfjax.data import shapes, trajectories
 from hfjax.training import config, loop, plan, weights
 from hfjax.training.checkpoints import Checkpoints
 from hfjax.training.feed import Feed
@@ -97,3 +97,22 @@ def test_trajectories_at_other_times_are_refused(tmp_path, capsys, shift):
   assert train.main(argv) == 1
   (line,) = said(capsys)
   assert "are at the timesteps [1000.0, 750.0, 0.0], and the student's are [1000.0, 833.3" in line
+
+
+def test_captions_of_the_world_of_shapes_are_prompts(tmp_path):
+  more = ["data.path=shapes", "data.made=5", "seed=3", "distill.last=1", "distill.most=1"]
+  argv = [x for x in stages_config("stage1", "--workdir=unused") if ".flow." not in x]
+  argv += [f"--config.{name}.weights=random:small" for name in ("critic", "teacher")]
+  p = plan.make_plan(config.parse([*argv, *(f"--config.{x}" for x in more)]).config)
+  feed = Feed(p, weights.Encoder(p), tmp_path, print)
+  want = shapes.prompts("train", 5, 3)
+  assert [feed.source[i]["prompt"] for i in range(len(feed.source))] == want
+  assert feed()["texts"].context.shape == (1, 2, *TEXT)
+
+
+@pytest.mark.parametrize("stage", ["flow", "ode"])
+def test_pixels_are_no_latents(tmp_path, capsys, stage):
+  argv = stages_config(stage, f"--workdir={tmp_path / 'run'}", "--config.data.path=shapes")
+  assert train.main([x for x in argv if stage == "flow" or ".flow." not in x]) == 1
+  words = f"The stage {stage} takes no pixels; make its data with a tool, and give their folder."
+  assert said(capsys)[-1] == f"train: {words}"

@@ -1,0 +1,30 @@
+r"""Stage `ode` of the shapes world: a causal student begins, by regression on the teacher's
+trajectories.
+
+    python -m hfjax.train --config=configs/tiny_ode.py --workdir=runs/tiny_ode \
+        --config.init=weights/tiny_teacher --config.data.path=data/tiny_trajectories
+"""
+
+from ml_collections import ConfigDict
+
+from hfjax.training.defaults import tiny_config
+
+
+def get_config() -> ConfigDict:
+  c = tiny_config()
+  c.stage = "ode"
+  c.init = "weights/tiny_teacher"
+  c.text.weights = "weights/tiny_teacher"
+  c.steps = 2000
+  c.batch = 64
+  c.data.path = "data/tiny_trajectories"
+  c.data.resident = True
+  c.data.prefetch = 4
+  c.optimizer.rate = 3e-4
+  c.optimizer.schedule = "cosine"
+  c.optimizer.warmup = 100
+  c.ema.decay = 0.995
+  c.ema.start = 200
+  c.checkpoint.every = 500
+  c.validation.every = 1000
+  return c

@@ -1,0 +1,32 @@
+r"""Stage `flow` of the shapes world: the bidirectional teacher and its text encoder, on clips of
+five seconds.
+
+    python -m hfjax.train --config=configs/tiny_teacher.py --workdir=runs/tiny_teacher \
+        --config.init=weights/teacher_short --config.text.weights=weights/teacher_short \
+        --config.data.path=data/clips
+"""
+
+from ml_collections import ConfigDict
+
+from hfjax.training.defaults import tiny_config
+
+
+def get_config() -> ConfigDict:
+  c = tiny_config()
+  c.stage = "flow"
+  c.init = "weights/teacher_short"
+  c.text.weights = "weights/teacher_short"
+  c.flow.train_text_encoder = True
+  c.steps = 5000
+  c.batch = 96
+  c.data.path = "data/clips"
+  c.data.resident = True
+  c.data.prefetch = 4
+  c.optimizer.rate = 1e-3
+  c.optimizer.schedule = "cosine"
+  c.optimizer.warmup = 100
+  c.ema.decay = 0.999
+  c.ema.start = 500
+  c.checkpoint.every = 1000
+  c.validation.every = 0
+  return c

@@ -1,0 +1,33 @@
+r"""Stage `flow` of the shapes world: the bidirectional teacher and its text encoder begin, on clips
+of a second.
+
+    python -m hfjax.train --config=configs/tiny_teacher_short.py --workdir=runs/tiny_teacher_short \
+        --config.data.path=data/clips_short --config.text.tokenizer=weights/tokenizer
+
+A clip shows as much of words and shapes as a long one, and takes a fifth of the work. The data are
+latents of clips (tools/encode_videos.py --shapes), which stay on the device.
+"""
+
+from ml_collections import ConfigDict
+
+from hfjax.training.defaults import tiny_config
+
+
+def get_config() -> ConfigDict:
+  c = tiny_config()
+  c.stage = "flow"
+  c.text.weights = "random:shapes"
+  c.flow.train_text_encoder = True
+  c.flow.frames = 5
+  c.steps = 10_000
+  c.batch = 256
+  c.data.path = "data/clips_short"
+  c.data.resident = True
+  c.data.prefetch = 4
+  c.optimizer.rate = 1e-3
+  c.optimizer.warmup = 200
+  c.ema.decay = 0.999
+  c.ema.start = 1000
+  c.checkpoint.every = 2000
+  c.validation.every = 0
+  return c

@@ -1,0 +1,299 @@
+"""Trains the model of the shapes world from nothing: `python tools/make_tiny.py --work runs/tiny`.
+
+Tokenizer; autoencoder, on short clips and then on long ones; latents of clips; teacher with its
+text encoder, the same way; its trajectories; the student through `ode`, stage 1 and stage 2, by
+configs/tiny_*.py. The last is packed as hfjax/assets/tiny, and all are scored. The same command
+goes on where it was stopped, inside a stage too; --minutes stops it after a time, saving what there
+is. --smoke goes through all of it in minutes on a processor, with next to no training.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = (
+  "tokenizer", "vae", "vae_long", "clips_short", "teacher_short", "clips", "teacher",
+  "trajectories", "ode", "stage1", "stage2", "pack", "score", "report",
+)  # fmt: skip
+TRAINED = ("vae", "vae_long", "teacher_short", "teacher", "ode", "stage1", "stage2")
+VOCAB = 320
+# Examples, and frames of clips.
+CLIPS = {"clips_short": (40_000, 17), "clips": (16_000, 81)}
+TRAJECTORIES = 3_000
+STEPS_OF_TEACHER, GUIDANCE = 48, 3.0
+# What is changed of the configs so that everything runs, and nothing is learnt; as much alike as
+# can be, so that what one stage compiles serves the next.
+_SMOKE = {
+  "vae": {"autoencoder.frames": 5, "data.made": 4},
+  "teacher": {"flow.frames": 6},
+  "ode": {"ode.frames": 6},
+  "stage1": {"distill.last": 2, "distill.most": 2, "data.made": 4},
+}
+_SMOKE |= {
+  "vae_long": _SMOKE["vae"], "teacher_short": _SMOKE["teacher"], "stage2": _SMOKE["stage1"],
+}  # fmt: skip
+_SMOKE_ALL = {
+  "steps": 2, "batch": 2, "validation.every": 0, "log.every": 1, "compute.dtype": "float32",
+  "ema.start": 0, "ema.decay": 0.5, "optimizer.rate": 1e-4, "optimizer.schedule": "constant",
+  "optimizer.warmup": 0,
+}  # fmt: skip
+
+
+class Stopped(Exception):  # noqa: N818  it says what happened
+  """A step did not end well; its text is a sentence."""
+
+
+class Chain:
+  """The steps, each of which does nothing if it is done."""
+
+  def __init__(self, args: argparse.Namespace):
+    self.args, self.work = args, Path(args.work)
+    self.weights = self.work / "weights"
+    self.end = time.monotonic() + 60 * args.minutes if args.minutes else None
+
+  def tokenizer(self):
+    target = self.weights / "tokenizer" / "spiece.model"
+    if not target.exists():
+      from hfjax.data import shapes, vocabulary
+
+      target.parent.mkdir(parents=True, exist_ok=True)
+      target.write_bytes(vocabulary.train(shapes.prompts("train", 4000), VOCAB))
+
+  def vae(self):
+    self.train("vae")
+    self.convert("vae", self.weights / "vae")
+
+  def vae_long(self):
+    self.train("vae_long", init=self.weights / "vae")
+    self.convert("vae_long", self.weights / "vae_long")
+
+  def clips_short(self):
+    self._encode("clips_short")
+
+  def clips(self):
+    self._encode("clips")
+
+  def _encode(self, name: str):
+    few, (count, frames) = self.args.smoke, CLIPS[name]
+    if few:
+      count, frames = 4, 21
+    self.tool(
+      "encode_videos", "--weights", self.weights / "vae_long", "--shapes", count, "--frames",
+      frames, "--seed", list(CLIPS).index(name), "--batch", 2 if few else 32, "--workers",
+      1 if few else 4, "--dtype", "float32" if few else "bfloat16", "--out", self.work / name,
+    )  # fmt: skip
+
+  def teacher_short(self):
+    self.train(
+      "teacher_short", **{
+        "data.path": self.work / "clips_short", "text.tokenizer": self.weights / "tokenizer",
+        "vae.weights": self.weights / "vae_long",
+      },
+    )  # fmt: skip
+    self.convert("teacher_short", self.weights / "teacher_short")
+
+  def teacher(self):
+    before = self.weights / "teacher_short"
+    self.train(
+      "teacher", **{
+        "init": before, "text.weights": before, "vae.weights": before,
+        "data.path": self.work / "clips",
+      },
+    )  # fmt: skip
+    self.convert("teacher", self.weights / "teacher")
+
+  def trajectories(self):
+    from hfjax.data import shapes
+
+    few = self.args.smoke
+    prompts = self.work / "prompts.txt"
+    prompts.write_text("\n".join(shapes.prompts("train", 4 if few else TRAJECTORIES, 1)) + "\n")
+    self.tool(
+      "make_trajectories", "--weights", self.weights / "teacher", "--prompts", prompts,
+      "--size", "128x128", "--frames", 6 if few else 21, "--teacher_steps",
+      4 if few else STEPS_OF_TEACHER, "--guidance", GUIDANCE, "--negative_prompt", "",
+      "--shift", 3,
+      "--batch", 2 if few else 100, "--dtype", "float32" if few else "bfloat16",
+      "--out", self.work / "trajectories",
+    )  # fmt: skip
+
+  def ode(self):
+    teacher = self.weights / "teacher"
+    self.train(
+      "ode", **{
+        "init": teacher, "text.weights": teacher, "vae.weights": teacher,
+        "data.path": self.work / "trajectories",
+      },
+    )  # fmt: skip
+    self.convert("ode", self.weights / "ode")
+
+  def stage1(self):
+    self._distill("stage1", "ode")
+
+  def stage2(self):
+    self._distill("stage2", "stage1")
+
+  def _distill(self, name: str, before: str):
+    keys = ("critic.weights", "teacher.weights", "text.weights", "vae.weights")
+    teacher = self.weights / "teacher"
+    self.train(name, init=self.weights / before, **dict.fromkeys(keys, teacher))
+    self.convert(name, self.weights / name)
+
+  def score(self):
+    few, out = self.args.smoke, self.args.out
+    common = ["--workers", 0 if few else os.cpu_count() or 1, "--out", Path(out) / "results.json"]
+    common += ["--commit", self.args.commit] if self.args.commit else []
+    if few:
+      common += ["--prompts", 1, "--batch", 1, "--dtype", "float32"]
+    one = lambda name, weights, *rest: self.tool(
+      "score_shapes", "--name", name, "--weights", self.weights / weights, *rest, *common
+    )
+    self.tool("score_shapes", "--name", "judge_accuracy", "--truth", *common)
+    one("vae_accuracy", "vae_long", "--vae", "--prompts", 1 if few else 500)
+    one("teacher_accuracy", "teacher", "--steps", 2 if few else 50, "--guidance", GUIDANCE)
+    one("stage1_accuracy", "stage1", "--window", 21, "--sink", 1)
+    one("student_accuracy", "stage2")
+    if not few:
+      one("student_accuracy", "stage2", "--prompts", 100, "--at", 60, 600)
+
+  def pack(self):
+    self.tool(
+      "convert_checkpoint", self.weights / "stage2", self.args.assets, "--dtype", "bf16",
+      "--overwrite",
+    )  # fmt: skip
+
+  def report(self):
+    """Logs, thinned, and sheets of every stage, and plots of them."""
+    import plot_shapes
+
+    out = Path(self.args.out)
+    for name in TRAINED:
+      log = self.work / name / "metrics.jsonl"
+      if log.is_file():
+        lines = log.read_text().splitlines()
+        kept = lines[:: max(1, len(lines) // 300)]
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        (out / "logs" / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+      sheets = sorted((self.work / name / "videos").glob("*-ema-*.png"))
+      for sheet in sheets[-4:]:
+        (out / "sheets").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sheet, out / "sheets" / f"{name}-validation-{sheet.stem[-1]}.png")
+    self.run("plot_shapes", plot_shapes.main, [str(out)])
+
+  def train(self, name: str, **settings: object):
+    """Trains by configs/tiny_NAME.py, or goes on with it."""
+    from hfjax import train
+
+    if (self.weights / name / "whole").exists():
+      return
+    if self.args.smoke:
+      settings |= _SMOKE_ALL | _SMOKE[name]
+    own = [x.removeprefix(f"{name}.") for x in self.args.set if x.startswith(f"{name}.")]
+    settings |= dict(x.split("=", 1) for x in own)
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    config = ROOT / "configs" / f"tiny_{name}.py"
+    self.run(
+      f"training {name}", train.main,
+      [f"--config={config}", f"--workdir={self.work / name}", *flags],
+    )  # fmt: skip
+    # After SIGTERM, too, training ends well.
+    left = _left(self.work / name)
+    if left:
+      raise Stopped(f"Training {name} has {left} steps left; the same command goes on.")
+
+  def convert(self, name: str, target: Path):
+    """Takes a run's averages, and what the student needs beside them of the models before it."""
+    if (target / "whole").exists():
+      return
+    shutil.rmtree(target, ignore_errors=True)
+    preset = {"teacher": ["--preset", "shapes_teacher"], "stage2": ["--preset", "shapes"]}
+    self.tool(
+      "convert_checkpoint", self.work / name, target, "--ema", "--dtype", "bf16",
+      *preset.get(name, []),
+    )  # fmt: skip
+    if not name.startswith("vae"):
+      shutil.copytree(self.weights / "vae_long" / "vae", target / "vae")
+    if not name.startswith(("vae", "teacher")):
+      for part in ("umt5", "google"):
+        shutil.copytree(self.weights / "teacher" / part, target / part)
+    (target / "whole").touch()
+
+  def tool(self, name: str, *words: object):
+    """Runs a tool of this folder."""
+    module = __import__(name)
+    argv = [str(word) for word in words]
+    argv += ["--quiet"] if self.args.quiet else []
+    self.run(name, module.main, argv)
+
+  def run(self, what: str, act: Callable[[list[str]], int], argv: list[str]):
+    """Raises Stopped unless it ends well, and before the time is over."""
+    print(f"make_tiny: {what}: {' '.join(argv)}", file=sys.stderr, flush=True)
+    begin, timer = time.monotonic(), None
+    if self.end is not None:
+      left = self.end - begin
+      if left <= 0:
+        raise Stopped(f"The time is over before {what}; the same command goes on.")
+      timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))
+      timer.daemon = True
+      timer.start()
+    try:
+      status = act(argv)
+    finally:
+      if timer is not None:
+        timer.cancel()
+    took = time.monotonic() - begin
+    print(f"make_tiny: {what} took {took:.0f} s.", file=sys.stderr, flush=True)
+    if status:
+      raise Stopped(f"{what} ended with status {status}; the same command goes on.")
+    if self.end is not None and time.monotonic() >= self.end:
+      raise Stopped(f"The time is over in {what}; the same command goes on.")
+
+
+def _left(run: Path) -> int:
+  """Steps that a run has not saved yet."""
+  wanted = json.loads((run / "config.json").read_text())["steps"]
+  saved = [int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
+  return wanted - max(saved, default=0)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; the exit status: 0 when all steps are done, 1 when some are left."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flag = parser.add_argument
+  flag("--work", default="runs/tiny", metavar="DIR", help="runs, data and weights on the way")
+  flag("--out", default="benchmarks/shapes", metavar="DIR", help="figures and pictures")
+  flag("--assets", default="hfjax/assets/tiny", metavar="DIR", help="the model that is packed")
+  flag("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+  flag("--set", nargs="*", default=[], metavar="STAGE.KEY=VALUE", help="changes a stage's config")
+  flag("--minutes", type=float, default=0, help="after which it stops; 0 for no limit")
+  flag("--commit", help="to record in figures, where git is not there")
+  flag("--smoke", action="store_true", help="all steps, hardly any training")
+  flag("--quiet", action="store_true")
+  args = parser.parse_args(argv)
+  chain = Chain(args)
+  try:
+    for name in STEPS:
+      if name in args.only:
+        getattr(chain, name)()
+  except Stopped as e:
+    print(f"make_tiny: {e}", file=sys.stderr)
+    return 1
+  print(f"make_tiny: all is done; {args.assets} holds the model.")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,190 @@
+"""Scores a model of the shapes world: `python tools/score_shapes.py --weights DIR --name NAME`.
+
+Makes videos of captions that no training has seen and judges their pixels: a video counts if every
+attribute of its caption is right in its 5 seconds before each of the times --at. Of a bidirectional
+transformer clips are made, of others streams; with --vae, clips go through the autoencoder alone,
+and with --truth they are judged as they are, which measures the judge.
+Figures go into --out under NAME_5s and so on, what they consist of into details/, and the first
+videos' contact sheets beside them.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import numpy as np
+from kernel_cases import commit
+from tqdm import tqdm
+
+from hfjax import pipeline
+from hfjax.convert import CheckpointError
+from hfjax.data import shapes, shapes_score
+from hfjax.data.rejects import DataError
+from hfjax.diffusion.solvers import MultistepSolver
+from hfjax.models.sampling_presets import SAMPLING_PRESETS
+from hfjax.sampling.clip import WholeClip
+from hfjax.streaming import Stream
+from hfjax.video import Preview, write_image
+
+PRESET = SAMPLING_PRESETS["shapes"]
+FRAMES = 81  # that are judged, 5 seconds
+_SEED = 10_007  # of captions
+_SHOWN = 12
+
+
+def windows(source: Any, ends: list[int]) -> dict[int, np.ndarray]:
+  """The `FRAMES` frames before each of `ends`, `[b t y x 3]`, of an iterator over frames."""
+  kept: dict[int, list[np.ndarray]] = {end: [] for end in ends}
+  done = 0
+  for frames in source:
+    first, done = done, done + frames.shape[1]
+    for end in ends:
+      start = max(end - FRAMES, first)
+      if start < min(end, done):
+        kept[end].append(np.asarray(frames[:, start - first : min(end, done) - first]))
+    if done >= ends[-1]:
+      break
+  return {end: np.concatenate(pieces, axis=1) for end, pieces in kept.items()}
+
+
+def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str], seed: int) -> Any:
+  """An iterator over frames of a batch of videos."""
+  size = (shapes.SIZE, shapes.SIZE)
+  if args.steps:
+    solver = MultistepSolver("unipc", args.steps, PRESET.shift)
+    return WholeClip(
+      model, prompts, size=size, frames=FRAMES, solver=solver, guidance=args.guidance,
+      negative_prompt="", seed=seed, dtype=args.dtype,
+    )  # fmt: skip
+  settings: dict[str, Any] = {
+    "steps": PRESET.steps, "shift": PRESET.shift, "window": args.window or PRESET.window,
+    "sink": args.sink if args.window else PRESET.sink,
+    "ratio": args.ratio if args.window else PRESET.ratio, "block": PRESET.block,
+  }  # fmt: skip
+  if args.variant:
+    settings["variant"] = args.variant
+  return Stream(model, prompts, size=size, seed=seed, dtype=args.dtype, backend="xla", **settings)
+
+
+def score(args: argparse.Namespace) -> dict[str, Any]:
+  """Figures by their names, and sheets and details in files."""
+  prompts = shapes.prompts("held_out", args.prompts, _SEED)
+  ends = [max(FRAMES, round(at * shapes.FPS) + 1) for at in args.at]
+  found: dict[int, list[np.ndarray]] = {end: [] for end in ends}
+  model: Any = None
+  begin = time.perf_counter()
+  given = args.vae or args.truth
+  clips = shapes.Shapes("held_out", args.prompts, _SEED)
+  if args.vae:
+    autoencoder = pipeline.load_autoencoder(args.weights, "full", args.dtype)
+  elif not given:
+    model = pipeline.load(args.weights, dtype=args.dtype)
+  errors: list[float] = []
+  for start in tqdm(range(0, len(prompts), args.batch), disable=args.quiet, unit="batch"):
+    chosen = prompts[start : start + args.batch]
+    if given:
+      videos = pixels = np.stack([clips.video(start + i) for i in range(len(chosen))])
+      if args.vae:
+        from hfjax.training import autoencoder as measures
+
+        videos = measures.reconstruct(autoencoder.config, autoencoder.params, pixels, args.dtype)
+        errors += [measures.psnr(a, b) for a, b in zip(pixels, videos, strict=True)]
+      found[ends[0]].append(videos)
+    else:
+      # A batch of one size, so that one program serves all.
+      filled = [*chosen, *[chosen[-1]] * (args.batch - len(chosen))]
+      for end, videos in windows(make(model, args, filled, start), ends).items():
+        found[end].append(videos[: len(chosen)])
+  made = time.perf_counter() - begin
+  figures: dict[str, Any] = {}
+  folder = Path(args.out).parent
+  for at, end in zip(args.at, ends, strict=True):
+    videos = np.concatenate(found[end])
+    result = shapes_score.score(prompts, shapes_score.look(videos, args.workers))
+    name = args.name + (f"_{at:g}s" if not args.steps and not given else "")
+    details = {**result.to_json(), "seconds_to_make": made}
+    if args.vae:
+      details |= {"psnr_db": float(np.mean(errors)), "psnr_db_deviation": float(np.std(errors))}
+      figures["vae_psnr_db"] = details["psnr_db"]
+    figures[name] = result.accuracy
+    write(folder / "details" / f"{name}.json", {**details, **about(args)})
+    (folder / "sheets").mkdir(parents=True, exist_ok=True)
+    for i, video in enumerate(videos[:_SHOWN]):
+      preview = Preview(width=shapes.SIZE)
+      preview.add(video)
+      write_image(folder / "sheets" / f"{name}-{i:02d}.png", preview.sheet())
+    low, high = details["low"], details["high"]
+    print(f"{name}: {result.accuracy:.3f} ({low:.3f} to {high:.3f}), {details['attributes']}")
+  return figures
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+  """What was run, and where."""
+  return {
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "commit": args.commit or commit(),
+    "command": args.command,
+  }
+
+
+def write(path: Path, value: Any):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Command line; the exit status."""
+  argv = sys.argv[1:] if argv is None else argv
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flag = parser.add_argument
+  flag("--weights", metavar="DIR", help="folder of all models")
+  flag("--name", required=True, help="of the figures, such as student_accuracy")
+  flag("--prompts", type=int, default=1000)
+  flag("--at", type=float, nargs="+", default=[5.0], help="seconds")
+  flag("--batch", type=int, default=50, help="videos that are made at once")
+  flag("--vae", action="store_true", help="score the autoencoder alone")
+  flag("--truth", action="store_true", help="score true clips, by which the judge is measured")
+  flag("--steps", type=int, default=0, help="of a bidirectional transformer's solver")
+  flag("--guidance", type=float, default=3.0, help="of a bidirectional transformer")
+  flag("--window", type=int, default=0, help="of a stream; else the model's")
+  flag("--sink", type=int, default=1)
+  flag("--ratio", type=float, default=1.0)
+  flag("--variant", help="of a stream; else the model's")
+  flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+  flag("--workers", type=int, default=0, help="processes that judge")
+  flag("--out", default="benchmarks/shapes/results.json", metavar="FILE")
+  flag("--commit", help="to record, where git is not there")
+  flag("--quiet", action="store_true")
+  args = parser.parse_args(argv)
+  args.command = " ".join(itertools.chain(["python", "tools/score_shapes.py"], argv))
+  if args.at != sorted(args.at) or min(args.prompts, args.batch, *args.at) < 1:
+    print("score_shapes: give 1 or more prompts, a batch, and rising times.", file=sys.stderr)
+    return 2
+  if (args.weights is None) != args.truth:
+    print("score_shapes: give --weights DIR, or else --truth.", file=sys.stderr)
+    return 2
+  try:
+    figures = score(args)
+  except (CheckpointError, DataError, ValueError) as e:
+    print(f"score_shapes: {e}", file=sys.stderr)
+    return 2
+  path = Path(args.out)
+  before = json.loads(path.read_text()) if path.is_file() else {}
+  commands = dict.fromkeys([*before.get("command", "").split("; "), args.command])
+  told = about(args) | {"command": "; ".join(c for c in commands if c)}
+  write(path, {**before, **figures, **told})
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
