@@ -2,7 +2,7 @@ r"""Stage `ode` of the shapes world: a causal student begins, by regression on t
 trajectories.
 
     python -m hfjax.train --config=configs/tiny_ode.py --workdir=runs/tiny_ode \
-        --config.init=weights/tiny_teacher --config.data.path=data/tiny_trajectories
+        --config.init=weights/teacher --config.data.path=data/trajectories
 """
 
 from ml_collections import ConfigDict
@@ -13,11 +13,11 @@ from hfjax.training.defaults import tiny_config
 def get_config() -> ConfigDict:
   c = tiny_config()
   c.stage = "ode"
-  c.init = "weights/tiny_teacher"
-  c.text.weights = "weights/tiny_teacher"
+  c.init = "weights/teacher"
+  c.text.weights = "weights/teacher"
   c.steps = 2000
   c.batch = 64
-  c.data.path = "data/tiny_trajectories"
+  c.data.path = "data/trajectories"
   c.data.resident = True
   c.data.prefetch = 4
   c.optimizer.rate = 3e-4

@@ -47,6 +47,7 @@ class Distillation:
 
   stream: of the student. critic, teacher: networks that see whole clips.
   vae: encodes the first latent of clips anew; None leaves it as it is, for latents of no video.
+  decoded: chunks that are decoded for that at most; 0 for all, see `clip.first_of_clip`.
   most, last: chunks of a rollout at most, and at its end those that carry gradients.
   last_step_only: every rollout takes all denoising steps; else how many is drawn.
   guidance: of the teacher's score, by `guidance_form`: away from the conditional prediction,
@@ -84,6 +85,7 @@ class Distillation:
   reflow_always: bool = False
   dtype: str = "float32"
   remat: bool = True
+  decoded: int = 0
   renoise_first: bool = True
   noisy_context: bool = False
   score_shift: float | None = None
@@ -107,6 +109,8 @@ class Distillation:
         f"The form of guidance is {self.guidance_form!r}; choose one of "
         f"{', '.join(GUIDANCE_FORMS)}."
       )
+    if self.decoded < 0:
+      raise ValueError(f"{self.decoded} chunks are to be decoded; give 1 or more, or 0 for all.")
     if not 0 <= self.lowest < self.highest <= TRAIN_TIMESTEPS:
       raise ValueError(
         f"Scores would be compared from timestep {self.lowest} to {self.highest}; give two that "
@@ -245,7 +249,9 @@ class Distillation:
     if self.vae is None:
       return latents
     chunk, dtype = self.stream.geometry.chunk, self.stream.compute_dtype
-    first = clip.first_of_clip(self.vae, vae_params, rolled.all, chunks, chunk, self.last, dtype)
+    first = clip.first_of_clip(
+      self.vae, vae_params, rolled.all, chunks, chunk, self.last, dtype, self.decoded
+    )
     # Where nothing came before, the first latent counts, and keeps its gradient.
     first = jnp.where(chunks > self.last, first, latents[:, :1])
     return clip.as_clip(latents, first)

@@ -77,6 +77,7 @@ def default_config() -> ConfigDict:
   c.distill.reflow_stop = 0  # 0 for all steps
   c.distill.reflow_guidance = 3.5
   c.distill.reflow_always = False
+  c.distill.decoded = 0  # chunks; 0 for all
   c.distill.renoise_first = True
   c.distill.noisy_context = False
   c.distill.score_shift = 0.0  # 0 for the student's
@@ -169,8 +170,8 @@ def tiny_config() -> ConfigDict:
   c = default_config()
   for network in (c.student, c.critic, c.teacher):
     network.weights = "random:shapes"
-  c.vae.weights = "weights/tiny"
-  c.text.weights = "weights/tiny"
+  c.vae.weights = "weights/vae_long"
+  c.text.weights = "weights/teacher"
   c.text.negative = ""
   c.geometry.height = 16
   c.geometry.width = 16

@@ -76,9 +76,9 @@ class Student:
     return 0.5 * chunk + params[4] * x0[:, -1:, -1:, -1:, -1:]
 
 
-def first_of_clip(config, params, latents, chunks, chunk, last, dtype):
+def first_of_clip(config, params, latents, chunks, chunk, last, dtype, decoded):
   """Stands for decoding and encoding; what `clip` makes of them has a test of its own."""
-  assert (config, chunk, dtype) == (VAE, STREAM.geometry.chunk, jnp.float32)
+  assert (config, chunk, dtype, decoded) == (VAE, STREAM.geometry.chunk, jnp.float32, 0)
   place = (chunks - last) * chunk
   again = params * jax.lax.dynamic_slice_in_dim(latents, place, 1, axis=1) + chunks
   return jax.lax.stop_gradient(again)

@@ -33,6 +33,18 @@ def test_the_first_latent_is_the_frame_at_its_place_encoded_alone(chunks):
   np.testing.assert_allclose(first(latents, chunks), want, atol=1e-5)
 
 
+@pytest.mark.parametrize(("decoded", "begin"), [(1, 4), (2, 2), (3, 0), (9, 0)])
+def test_so_many_chunks_before_the_clip_are_decoded(decoded, begin):
+  end = (MOST - LAST) * CHUNK + 1
+  latents = ALL.at[:, :begin].set(jnp.nan)  # nothing of it is read
+  got = jax.jit(clip.first_of_clip, static_argnums=(0, 4, 5, 6, 7))(
+    CONFIG, PARAMS, latents, MOST, CHUNK, LAST, jnp.float32, decoded
+  )
+  pixels = vae.decode(CONFIG, PARAMS, ALL[:, begin:end])
+  want = vae.encode(CONFIG, PARAMS, jnp.clip(pixels[:, -1:], -1, 1))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_a_clip_that_is_all_there_is_stays_as_it_is():
   np.testing.assert_array_equal(first(ALL, LAST), ALL[:, :1])
 
