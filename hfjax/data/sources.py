@@ -115,6 +115,26 @@ class Stored:
     return {"prompt": prompt, **arrays}
 
 
+class Beginnings:
+  """A source whose arrays of one name are cut to their first frames; DataError on shorter ones."""
+
+  def __init__(self, source: "Prompts | Stored", name: str, frames: int):
+    self.source, self.name, self.frames = source, name, frames
+    self.rejects = source.rejects
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    example = self.source[index]
+    if len(example[self.name]) < self.frames:
+      raise DataError(
+        f"The {self.name} of {example['prompt'][:60]!r} has {len(example[self.name])} frames, and "
+        f"{self.frames} are needed."
+      )
+    return {**example, self.name: example[self.name][: self.frames]}
+
+
 def open_source(
   kind: str,
   path: str | Path,

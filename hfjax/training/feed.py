@@ -167,7 +167,7 @@ def _open(plan: Plan, encode: Encoder | None, workdir: Path, say, quiet: bool) -
     path = Path(c.data.path)
   expect: dict[str, Any] = {}
   if plan.stage == "vae":
-    expect = {"video": _clip_shape(plan)}
+    expect = {"video": (None, *_clip_shape(plan)[1:])}
   elif plan.stage == "flow":
     expect = {"latents": plan.latent_shape}
   elif plan.stage == "ode":
@@ -175,6 +175,14 @@ def _open(plan: Plan, encode: Encoder | None, workdir: Path, say, quiet: bool) -
   source = loading.open_source(_KINDS[plan.stage], path, on_bad=c.data.on_bad, expect=expect)
   if plan.stage == "ode":
     _check_times(plan, path, getattr(source, "about", {}))
+  if plan.stage == "vae":
+    frames, held = _clip_shape(plan)[0], getattr(source, "shapes", {}).get("video", (None,))[0]
+    if held is not None and held < frames:
+      raise DataError(
+        f"The clips in {path} have {held} frames, and autoencoder.frames is {frames}; give longer "
+        "clips, or set it to fewer."
+      )
+    return sources.Beginnings(source, "video", frames)
   return source
 
 

@@ -11,8 +11,9 @@ import pytest
 from hfjax.data import resident, shards
 from hfjax.data.loading import batches, open_source
 from hfjax.data.made import MadeClips, made_latents
-from hfjax.data.rejects import DataError
+from hfjax.data.rejects import DataError, Rejects
 from hfjax.data.resident import Resident
+from hfjax.data.sources import Beginnings
 from hfjax.training import config, plan, stages, weights
 from hfjax.training.feed import Feed
 from tests.training.runs import FLOW, small_programs
@@ -158,3 +159,24 @@ def test_arrays_of_several_shapes_are_refused():
   both = [made_latents(n, 2, 2, 4)[0] for n in (1, 2)]
   with pytest.raises(DataError, match="Arrays of latents differ in shape; make the data anew"):
     Resident(both, "latents")
+
+
+class Clips:
+  """Clips of rising lengths."""
+
+  rejects = Rejects()
+
+  def __len__(self):
+    return 3
+
+  def __getitem__(self, index):
+    return {"prompt": f"clip {index}", "video": np.arange(index + 2)}
+
+
+def test_beginnings_are_of_one_length_and_short_clips_are_refused():
+  source = Beginnings(Clips(), "video", 3)
+  assert len(source) == 3 and source.rejects is Clips.rejects
+  np.testing.assert_array_equal(source[2]["video"], [0, 1, 2])
+  assert source[1] | {"video": None} == {"prompt": "clip 1", "video": None}
+  with pytest.raises(DataError, match="The video of 'clip 0' has 2 frames, and 3 are needed"):
+    source[0]
