@@ -155,7 +155,7 @@ class Chain:
     common = ["--workers", 0 if few else os.cpu_count() or 1, "--out", Path(out) / "results.json"]
     common += ["--commit", self.args.commit] if self.args.commit else []
     if few:
-      common += ["--prompts", 1, "--batch", 1, "--dtype", "float32"]
+      common += ["--prompts", 1, "--batch", 1, "--dtype", "float32", "--frames", 33]
     one = lambda name, weights, *rest: self.tool(
       "score_shapes", "--name", name, "--weights", self.weights / weights, *rest, *common
     )

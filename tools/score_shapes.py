@@ -34,19 +34,19 @@ from hfjax.streaming import Stream
 from hfjax.video import Preview, write_image
 
 PRESET = SAMPLING_PRESETS["shapes"]
-FRAMES = 81  # that are judged, 5 seconds
+FRAMES = 81  # that are judged by default, 5 seconds
 _SEED = 10_007  # of captions
 _SHOWN = 12
 
 
-def windows(source: Any, ends: list[int]) -> dict[int, np.ndarray]:
-  """The `FRAMES` frames before each of `ends`, `[b t y x 3]`, of an iterator over frames."""
+def windows(source: Any, ends: list[int], count: int) -> dict[int, np.ndarray]:
+  """The `count` frames before each of `ends`, `[b t y x 3]`, of an iterator over frames."""
   kept: dict[int, list[np.ndarray]] = {end: [] for end in ends}
   done = 0
   for frames in source:
     first, done = done, done + frames.shape[1]
     for end in ends:
-      start = max(end - FRAMES, first)
+      start = max(end - count, first)
       if start < min(end, done):
         kept[end].append(np.asarray(frames[:, start - first : min(end, done) - first]))
     if done >= ends[-1]:
@@ -60,7 +60,7 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
   if args.steps:
     solver = MultistepSolver("unipc", args.steps, PRESET.shift)
     return WholeClip(
-      model, prompts, size=size, frames=FRAMES, solver=solver, guidance=args.guidance,
+      model, prompts, size=size, frames=args.frames, solver=solver, guidance=args.guidance,
       negative_prompt="", seed=seed, dtype=args.dtype,
     )  # fmt: skip
   settings: dict[str, Any] = {
@@ -76,12 +76,14 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
 def score(args: argparse.Namespace) -> dict[str, Any]:
   """Figures by their names, and sheets and details in files."""
   prompts = shapes.prompts("held_out", args.prompts, _SEED)
-  ends = [max(FRAMES, round(at * shapes.FPS) + 1) for at in args.at]
+  # The first are judged from the beginning on.
+  ends = [args.frames if i == 0 and at <= 5 else round(at * shapes.FPS) + 1
+          for i, at in enumerate(args.at)]  # fmt: skip
   found: dict[int, list[np.ndarray]] = {end: [] for end in ends}
   model: Any = None
   begin = time.perf_counter()
   given = args.vae or args.truth
-  clips = shapes.Shapes("held_out", args.prompts, _SEED)
+  clips = shapes.Shapes("held_out", args.prompts, _SEED, args.frames)
   if args.vae:
     autoencoder = pipeline.load_autoencoder(args.weights, "full", args.dtype)
   elif not given:
@@ -100,7 +102,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     else:
       # A batch of one size, so that one program serves all.
       filled = [*chosen, *[chosen[-1]] * (args.batch - len(chosen))]
-      for end, videos in windows(make(model, args, filled, start), ends).items():
+      for end, videos in windows(make(model, args, filled, start), ends, args.frames).items():
         found[end].append(videos[: len(chosen)])
   made = time.perf_counter() - begin
   figures: dict[str, Any] = {}
@@ -151,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
   flag("--name", required=True, help="of the figures, such as student_accuracy")
   flag("--prompts", type=int, default=1000)
   flag("--at", type=float, nargs="+", default=[5.0], help="seconds")
+  flag("--frames", type=int, default=FRAMES, help="that are judged, at least 33")
   flag("--batch", type=int, default=50, help="videos that are made at once")
   flag("--vae", action="store_true", help="score the autoencoder alone")
   flag("--truth", action="store_true", help="score true clips, by which the judge is measured")
@@ -167,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
   flag("--quiet", action="store_true")
   args = parser.parse_args(argv)
   args.command = " ".join(itertools.chain(["python", "tools/score_shapes.py"], argv))
+  if args.frames < 33 or args.frames % 4 != 1:
+    print("score_shapes: give --frames from 33 on, 1 and a multiple of 4.", file=sys.stderr)
+    return 2
   if args.at != sorted(args.at) or min(args.prompts, args.batch, *args.at) < 1:
     print("score_shapes: give 1 or more prompts, a batch, and rising times.", file=sys.stderr)
     return 2
