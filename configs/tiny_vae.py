@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
   c = tiny_config()
   c.stage = "vae"
   c.vae.weights = "random:shapes"
-  c.steps = 4000
+  c.steps = 8000
   c.batch = 16
   c.data.path = "shapes"
   c.data.made = 100_000

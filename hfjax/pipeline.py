@@ -72,7 +72,7 @@ class TextEncoder:
         f"The tokenizer in {self.path} has {self.tokenizer.vocab} ids, and the text encoder knows "
         f"{loaded.config.vocab}; use the tokenizer that the encoder was trained with."
       )
-    return loaded._replace(params=_unbound(loaded.params))
+    return loaded
 
   def __call__(self, prompts: Sequence[str]) -> Float[Array, "b t w"]:
     tokens = self.tokenizer(prompts)
@@ -125,7 +125,6 @@ def load(
     return _random(name.removeprefix("random:"), autoencoder, dtype)
   path = convert.locate(name)
   config, params, variant, preset = convert.load(path, "dit", dtype=dtype)
-  params = _unbound(params)
   assert preset is not None  # every transformer has one
   decoder = load_autoencoder(path, autoencoder, dtype)
   _check_latents(path, config, decoder.config)
@@ -147,7 +146,7 @@ def load_autoencoder(
     return _random_autoencoder(named_preset(name.removeprefix("random:")), autoencoder, dtype)
   kind, _ = AUTOENCODERS[autoencoder]
   loaded = convert.load(path_or_hub_id, kind, dtype=dtype)
-  return Autoencoder(kind, loaded.config, _unbound(loaded.params), dtype)
+  return Autoencoder(kind, loaded.config, loaded.params, dtype)
 
 
 def embedded() -> Path:
@@ -168,17 +167,6 @@ def recorded_preset(path_or_hub_id: str | Path) -> str | None:
   path = convert.locate(name)
   folder = stored.hfjax_models(path).get("dit") if path.is_dir() else None
   return None if folder is None else stored.read_config(folder)[2].get("preset")
-
-
-def _unbound(params: Any) -> Any:
-  """On processors, arrays that are not bound to their device; others as they are.
-
-  What loading places is bound, and so is what is made of it, but not the state that a stream begins
-  with: its programs would be compiled for the first chunk, and once more for all others.
-  """
-  if jax.default_backend() != "cpu":  # where this would copy by way of the host
-    return params
-  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
 
 
 def _check_kind(autoencoder: str):

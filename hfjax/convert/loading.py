@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hfjax.convert import checkpoint, runs, source, stored, write
@@ -47,9 +48,10 @@ def load(
   array by array on the host; convert them once with tools/convert_checkpoint.py to load faster.
 
   model: "dit", "vae", "umt5" or "taehv".
-  sharding: where an array goes, from its path ("blocks/ffn_in/kernel") and shape; the first device
-    by default. dtype: of the parameters, "bf16" as in the converter or any that weights have; as
-    stored by default. verify: hold the files of an hfjax folder against the hashes that it records,
+  sharding: where an array goes, from its path ("blocks/ffn_in/kernel") and shape; by default to the
+    first device, without being bound to it, as what JAX makes itself.
+  dtype: of the parameters, "bf16" as in the converter or any that weights have; as stored by
+    default. verify: hold the files of an hfjax folder against the hashes that it records,
     which reads them once more. averaged: take moving averages of weights, of runs and of trainers'
     files.
 
@@ -60,7 +62,6 @@ def load(
   if model not in KINDS:
     raise CheckpointError(f"There is no model {model!r}; load one of {', '.join(KINDS)}.")
   path = locate(path_or_hub_id)
-  place = sharding or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   dtype = _dtype(dtype)
   folder = None if runs.is_run(path) else stored.hfjax_models(path).get(model)
   if folder and not averaged:
@@ -73,7 +74,7 @@ def load(
     variant, preset = checkpoint.recorded_semantics(kind, config, info, notes)
     for note in notes:
       warnings.warn(source.printable(note), stacklevel=2)
-    return Loaded(config, _put(mapped, place, dtype), variant, preset)
+    return Loaded(config, _put(mapped, sharding, dtype), variant, preset)
   if verify:
     raise CheckpointError(
       f"{path} is no hfjax folder with a {model}, so there are no hashes to verify; leave verify "
@@ -84,7 +85,7 @@ def load(
     warnings.warn(source.printable(note), stacklevel=2)
   rows, _ = checkpoint.entries(part, "hfjax", None)
   folded = {entry.name: _fold(entry) for entry in rows}
-  return Loaded(part.config, _put(folded, place, dtype), part.variant, part.preset)
+  return Loaded(part.config, _put(folded, sharding, dtype), part.variant, part.preset)
 
 
 def locate(path_or_hub_id: str | Path) -> Path:
@@ -155,6 +156,8 @@ def _place(host: np.ndarray, place, name: str, dtype) -> jax.Array:
     # A copy: JAX may keep what it is given, and mapped files change.
     return checkpoint.cast_checked(np.array(host[index]), dtype, name)
 
+  if place is None:
+    return jnp.asarray(part(...))
   return jax.make_array_from_callback(host.shape, place(name, host.shape), part)
 
 

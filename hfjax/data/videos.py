@@ -141,8 +141,8 @@ def write_pixels(
   """
   if batch < 1 or workers < 0:
     raise DataError(
-      f"Batches of {batch} are asked for, read by {workers} processes; give at least 1 clip, and 0 "
-      "or more processes."
+      f"Batches of {batch} are asked for, read by {workers} threads; give at least 1 clip, and 0 "
+      "or more threads."
     )
   a = autoencoder.config
   frames, *size, _ = source[0]["video"].shape

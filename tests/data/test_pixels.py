@@ -1,4 +1,4 @@
-"""Examples of pixels become latents: in batches, by several processes, and gone on with."""
+"""Examples of pixels become latents: in batches, by several threads, and gone on with."""
 
 import itertools
 
@@ -71,7 +71,7 @@ def test_what_is_cut_is_gone_on_with(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_read_give_the_same_bytes(tmp_path):
+def test_threads_that_read_give_the_same_bytes(tmp_path):
   for workers in (0, 2):
     write(tmp_path / str(workers), workers=workers)
   assert files(tmp_path / "0") == files(tmp_path / "2")
@@ -135,7 +135,7 @@ def test_the_tool_encodes_the_world_of_shapes(here, capsys):
     (["--shapes", "0"], "0 clips of 81 frames"),
     (["--shapes", "2", "--seed", "-1"], "seeds from 0 on"),
     (["--shapes", "2", "--batch", "0"], "give at least 1 clip"),
-    (["--shapes", "2", "--workers", "-1"], "0 or more processes"),
+    (["--shapes", "2", "--workers", "-1"], "0 or more threads"),
   ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(here, capsys, args, sentence):
