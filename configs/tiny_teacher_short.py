@@ -1,10 +1,10 @@
-r"""Stage `flow` of the shapes world: the bidirectional teacher and its text encoder begin, on clips
-of a second.
+r"""Stage `flow` of the shapes world: the bidirectional teacher and its text encoder begin, on the
+beginnings of clips, a second long.
 
     python -m hfjax.train --config=configs/tiny_teacher_short.py --workdir=runs/tiny_teacher_short \
-        --config.data.path=data/clips_short --config.text.tokenizer=weights/tokenizer
+        --config.data.path=data/clips --config.text.tokenizer=weights/tokenizer
 
-A clip shows as much of words and shapes as a long one, and takes a fifth of the work. The data are
+They show as much of words and shapes as long clips, and take a fifth of the work. The data are
 latents of clips (tools/encode_videos.py --shapes), which stay on the device.
 """
 
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
   c.flow.frames = 5
   c.steps = 10_000
   c.batch = 256
-  c.data.path = "data/clips_short"
+  c.data.path = "data/clips"
   c.data.resident = True
   c.data.prefetch = 4
   c.optimizer.rate = 1e-3

@@ -17,12 +17,13 @@ def get_config() -> ConfigDict:
   c = runpy.run_path(str(Path(__file__).with_name("tiny_vae.py")))["get_config"]()
   c.init = "weights/vae"
   c.seed = 1
-  c.steps = 2600
-  c.batch = 3
+  c.steps = 3500
+  c.batch = 4
   c.autoencoder.frames = 129
+  c.autoencoder.edges = 2.0
   c.optimizer.rate = 5e-4
   c.optimizer.warmup = 50
   c.ema.start = 300
-  c.checkpoint.every = 650
-  c.validation.every = 1300
+  c.checkpoint.every = 1000
+  c.validation.every = 1750
   return c

@@ -49,6 +49,11 @@ class Resident:
     self._examples = [example for example, _ in found]
     self._arrays = jnp.asarray(np.stack([x for _, x in found]))
 
+  @property
+  def nbytes(self) -> int:
+    """Bytes of all arrays."""
+    return self._arrays.nbytes
+
   def __len__(self) -> int:
     return len(self._examples)
 

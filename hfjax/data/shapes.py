@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, UInt8
 from hfjax.data.rejects import DataError
 
 SIZE, FPS = 128, 16
-VERSION = 1  # of what seeds give
+VERSION = 2  # of what seeds give
 COLOURS = {
   "red": (230, 40, 40),
   "orange": (255, 140, 20),
@@ -32,7 +32,7 @@ COLOURS = {
   "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 10.0, "medium": 14.5, "large": 20.0}
+SIZES = {"small": 12.0, "medium": 15.5, "large": 20.0}
 MOTIONS = ("still", "left", "right", "up", "down", "circle", "bounce", "grow", "spin")
 BACKGROUNDS = ("plain", "gradient", "stripes", "pan")
 SPLITS = ("train", "held_out")

@@ -121,6 +121,10 @@ class Beginnings:
   def __init__(self, source: "Prompts | Stored", name: str, frames: int):
     self.source, self.name, self.frames = source, name, frames
     self.rejects = source.rejects
+    self.dtypes: dict[str, str] = getattr(source, "dtypes", {})
+    self.shapes: dict[str, Shape] = dict(getattr(source, "shapes", {}))
+    if name in self.shapes:
+      self.shapes[name] = (frames, *self.shapes[name][1:])
 
   def __len__(self) -> int:
     return len(self.source)

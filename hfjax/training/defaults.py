@@ -180,7 +180,7 @@ def tiny_config() -> ConfigDict:
     group.shift = 3.0  # less than where frames are larger, as noise hides less of small ones
   c.flow.weighted = False
   c.flow.guidance = 3.0
-  c.compute.remat = False  # there is memory enough
+  c.compute.fsdp = 1  # every device has all of it
   c.compute.backend = "xla"
   for optimizer in (c.optimizer, c.critic_optimizer):
     optimizer.b1 = 0.9
@@ -201,6 +201,7 @@ def tiny_config() -> ConfigDict:
 def _optimizer(rate: float) -> ConfigDict:
   """See training.optimizers."""
   c = ConfigDict()
+  c.kind = "adam"  # or muon
   c.rate = rate
   c.schedule = "constant"
   c.warmup = 0

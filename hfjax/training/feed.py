@@ -3,14 +3,16 @@
 import contextlib
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hfjax.data import loading, made, shapes, sources, trajectories
+from hfjax.data import contexts, loading, made, shapes, sources, trajectories
 from hfjax.data.rejects import NAMED, DataError
 from hfjax.data.resident import Resident
 from hfjax.distill.objectives import Texts
@@ -47,10 +49,13 @@ class Feed:
     self._opened = source
     self.source = Resident(source, name) if c.data.resident and name else source
     self._say, self._cut = say, set[str]()
+    # What is there already need not be read ahead, for which threads take longer than steps.
+    prefetch = 0 if isinstance(self.source, Resident) else c.data.prefetch
     self._batches = loading.batches(
       self.source, c.batch // processes, c.seed, process_index=jax.process_index(),
-      process_count=processes, prefetch=c.data.prefetch, text_len=plan.student.text_len,
+      process_count=processes, prefetch=prefetch, text_len=plan.student.text_len,
     )  # fmt: skip
+    self._kept: Callable[[np.ndarray], Texts | Tokens] | None = None
     if encode is None:
       return
     encode.remember([c.text.negative])
@@ -60,14 +65,37 @@ class Feed:
       self._negative = put_negative(plan, tokens.ids), put_negative(plan, tokens.length)
     else:
       self._negative = (put_negative(plan, encode([c.text.negative])),)
+    if isinstance(self.source, Resident):
+      self._kept = self._keep(self.source)
 
   def __call__(self) -> Batch:
-    raw = next(self._batches)
-    name = ARRAYS.get(self.plan.stage)
+    raw, texts = next(self._batches), None
     if isinstance(self.source, Resident):
-      raw |= self.source.fetch(raw.pop("index"))
-    arrays = {} if name is None else {name: raw[name]}
-    return put(self.plan, arrays, None if self.plan.stage == "vae" else self._texts(raw))
+      index = raw.pop("index")
+      raw |= self.source.fetch(index)
+      if self._kept is not None:
+        texts = self._kept(index)
+    if texts is None and self.plan.stage != "vae":
+      texts = self._texts(raw)
+    name = ARRAYS.get(self.plan.stage)
+    return put(self.plan, {} if name is None else {name: raw[name]}, texts)
+
+  def _keep(self, source: Resident) -> Callable[[np.ndarray], Texts | Tokens] | None:
+    """Of indices, what prompts become, once for all steps; None where it is too large."""
+    assert self.encode is not None
+    student, prompts = self.plan.student, [source[i]["prompt"] for i in range(len(source))]
+    if isinstance(self.encode.encode, TrainedText):
+      self._tell_of_long(prompts)
+      ids, length = self.encode.encode.tokenizer(prompts)
+      return lambda index: Tokens(ids[index], length[index], *self._negative)
+    room = len(prompts) * student.text_len * student.text_dim * 4
+    if self.has_contexts or room > source.nbytes:
+      return None
+    self._tell_of_long(prompts)
+    n = self.plan.config.batch
+    parts = [contexts.filled(prompts[i : i + n], n) for i in range(0, len(prompts), n)]
+    rows = jnp.concatenate([self.encode(part) for part in parts])
+    return lambda index: Texts(rows[index], *self._negative)
 
   def _texts(self, raw: dict[str, Any]) -> Texts | Tokens:
     """Of a batch of examples, with the negative prompt."""
@@ -169,20 +197,23 @@ def _open(plan: Plan, encode: Encoder | None, workdir: Path, say, quiet: bool) -
   if plan.stage == "vae":
     expect = {"video": (None, *_clip_shape(plan)[1:])}
   elif plan.stage == "flow":
-    expect = {"latents": plan.latent_shape}
+    expect = {"latents": (None, *plan.latent_shape[1:])}
   elif plan.stage == "ode":
     expect = {"trajectory": (len(plan.stream.steps) + 1, *plan.latent_shape)}
   source = loading.open_source(_KINDS[plan.stage], path, on_bad=c.data.on_bad, expect=expect)
   if plan.stage == "ode":
     _check_times(plan, path, getattr(source, "about", {}))
-  if plan.stage == "vae":
-    frames, held = _clip_shape(plan)[0], getattr(source, "shapes", {}).get("video", (None,))[0]
+  if plan.stage in ("vae", "flow"):  # the autoencoder is causal: beginnings are clips, too
+    name, key, frames = ARRAYS[plan.stage], "flow.frames", plan.frames
+    if plan.stage == "vae":
+      key, frames = "autoencoder.frames", _clip_shape(plan)[0]
+    held = getattr(source, "shapes", {}).get(name, (None,))[0]
     if held is not None and held < frames:
       raise DataError(
-        f"The clips in {path} have {held} frames, and autoencoder.frames is {frames}; give longer "
-        "clips, or set it to fewer."
+        f"The clips in {path} have {held} frames, and {key} is {frames}; give longer clips, or set "
+        "it to fewer."
       )
-    return sources.Beginnings(source, "video", frames)
+    return source if held == frames else sources.Beginnings(source, name, frames)
   return source
 
 

@@ -1,9 +1,28 @@
-"""Optimizers by configuration: clipping, Adam with decoupled decay, schedules by name."""
+"""Optimizers by configuration: clipping, Adam or Muon with decoupled decay, schedules by name."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+KINDS = ("adam", "muon")
+_MOMENTUM, _RMS = 0.95, 0.2  # of Muon; so large are Adam's updates, and its rates serve both
+# Axes of the matrices in a stack of blocks, what they take and what they give, by the layer's name;
+# the first axis counts blocks, and what is left counts matrices side by side.
+_AXES: dict[str, Any] = {
+  "qkv": (1, (3, 4)),
+  "kv": (1, (3, 4)),
+  "q": (1, (2, 3)),
+  "attn/out": ((1, 2), 3),
+  "ffn_in": (1, 2),
+  "ffn_out": (1, 2),
+  "ffn/in": (1, 3),
+  "ffn/out": (1, 2),
+  "linear_proj": (1, 2),
+}
 
 # Learning rate at each update, from the highest rate, updates of warm-up and updates in all.
 SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
@@ -25,11 +44,13 @@ SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Adam with decoupled weight decay on all parameters.
+  """Adam or Muon, with decoupled weight decay on all parameters.
 
   rate: learning rate, the highest of its schedule. schedule: a name in `SCHEDULES`. warmup: updates
   over which the rate rises from 0. b1, b2, eps: of Adam. decay: of weights, each update by this
-  times the rate. clip: largest norm of all gradients together; 0 does not clip.
+  times the rate. clip: largest norm of all gradients together; 0 does not clip. kind: "muon" moves
+  matrices in blocks of transformers along orthogonalised momentum, as far as Adam would (arXiv
+  2502.16982, section 2.2), and all else by Adam with Nesterov's momentum.
 
   Raises ValueError on values out of range.
   """
@@ -42,6 +63,7 @@ class OptimizerConfig:
   eps: float = 1e-8
   decay: float = 0.01
   clip: float = 10.0
+  kind: str = "adam"
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
@@ -49,6 +71,8 @@ class OptimizerConfig:
         f"There is no schedule {self.schedule!r} of learning rates; choose one of "
         f"{', '.join(SCHEDULES)}."
       )
+    if self.kind not in KINDS:
+      raise ValueError(f"There is no optimizer {self.kind!r}; choose one of {', '.join(KINDS)}.")
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f"Adam's {name} is {getattr(self, name)}; it must lie in [0, 1).")
@@ -66,5 +90,37 @@ class OptimizerConfig:
     """The transformation of gradients, for so many updates in all."""
     rate = self.learning_rate(updates)
     clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-    adam = optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.decay)
-    return optax.chain(clip, adam)
+    if self.kind == "adam":
+      return optax.chain(
+        clip, optax.adamw(rate, self.b1, self.b2, self.eps, weight_decay=self.decay)
+      )
+    return optax.chain(
+      clip,
+      muon(
+        rate, beta=_MOMENTUM, eps=self.eps, weight_decay=self.decay, adam_b1=self.b1,
+        adam_b2=self.b2, adam_weight_decay=self.decay, consistent_rms=_RMS,
+        muon_weight_dimension_numbers=matrices,
+      ),
+    )  # fmt: skip
+
+
+def matrices(params: Any) -> Any:
+  """Which axes of parameters are those of matrices that Muon moves; None for what Adam moves.
+
+  Raises ValueError if there are none, as of an autoencoder or of adapters.
+  """
+
+  def axes(path, _) -> MuonDimensionNumbers | None:
+    words = [key.key for key in path]
+    if "blocks" not in words or words[-1] != "kernel":
+      return None
+    name = next((k for k in _AXES if "/".join(words[:-1]).endswith(k)), None)
+    return None if name is None else MuonDimensionNumbers(*_AXES[name])
+
+  found = jax.tree_util.tree_map_with_path(axes, params)
+  if not jax.tree.leaves(found):
+    raise ValueError(
+      "Muon moves the matrices of transformers, of which nothing is trained here; set the "
+      "optimizer's kind to adam."
+    )
+  return found

@@ -134,7 +134,9 @@ def test_what_travels_goes_straight_and_comes_back_over_the_edge(motion):
   for seed in range(12):
     cover, place = white_alone(one("circle", motion), seed, 81)
     path, area = centres(cover)
-    np.testing.assert_allclose(area, np.pi * 14.5**2, rtol=0.004)  # whole, at both edges
+    np.testing.assert_allclose(
+      area, np.pi * SIZES["medium"] ** 2, rtol=0.004
+    )  # whole, at both edges
     axis, sign = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}[motion]
     steps = np.diff(path[:, axis]) * FPS * sign
     rates.append(steps.mean())
@@ -264,7 +266,7 @@ def test_colours_are_told_from_backgrounds_by_brightness():
       x, y = place.tracks[0].x, place.tracks[0].y
       assert tuple(frame[int(y), int(x)]) == COLOURS[scene.things[0].colour]
       rho = np.hypot(np.arange(128) + 0.5 - x, np.arange(128)[:, None] + 0.5 - y)
-      assert frame[rho > 15.5].max() < 105
+      assert frame[rho > SIZES["medium"] + 1].max() < 105
   assert min(map(max, COLOURS.values())) >= 190
   pairs = itertools.combinations(COLOURS.values(), 2)
   assert min(math.dist(a, b) for a, b in pairs) > 90
