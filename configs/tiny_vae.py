@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
   c.optimizer.warmup = 100
   c.ema.decay = 0.995
   c.ema.start = 500
+  c.compute.remat = False
   c.checkpoint.every = 500
   c.validation.every = 1000
   return c

@@ -27,6 +27,7 @@ class Reconstruction:
 
   vae: whose latents are not normalised in training: its means must be 0, its deviations 1.
   frames: of a clip, 1 and a multiple of the autoencoder's factor. kl, square, edges: weights.
+  decoder_only: whether the encoder stays as it is, and with it latents that others have learnt.
   dtype: of computing. remat: whether the halves are computed anew in the backward pass.
 
   Raises ValueError on values that cannot work.
@@ -39,6 +40,7 @@ class Reconstruction:
   edges: float = 1.0
   dtype: str = "float32"
   remat: bool = False
+  decoder_only: bool = False
 
   def __post_init__(self):
     n = self.vae.time_factor
@@ -66,7 +68,10 @@ class Reconstruction:
     encode, decode = self.encode, self.decode
     if self.remat:
       encode, decode = jax.checkpoint(encode), jax.checkpoint(decode)
-    mean, log_variance = jnp.split(encode(params, x), 2, axis=-1)
+    moments = encode(params, x)
+    if self.decoder_only:
+      moments = jax.lax.stop_gradient(moments)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
     log_variance = jnp.clip(log_variance, *_LOG_VARIANCES)
     z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     error = decode(params, z) - x

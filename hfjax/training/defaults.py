@@ -61,6 +61,7 @@ def default_config() -> ConfigDict:
   c.autoencoder.kl = 1e-4
   c.autoencoder.square = 1.0
   c.autoencoder.edges = 1.0
+  c.autoencoder.decoder_only = False
 
   c.distill = ConfigDict()  # see distill.objectives.Distillation
   c.distill.generator_every = 5  # steps from one update of the student to the next

@@ -275,10 +275,20 @@ class Run:
       self.say(f"{e} Training goes on.")
 
   def _measured(self) -> dict[str, Any]:
-    """The autoencoder and its average, with statistics of what they make of the first clips."""
-    plan, clips, found = self.plan, self.feed.clips(autoencoder.MEASURED), {}
+    """The autoencoder and its average, with statistics of what they make of the first clips.
+
+    Those of an encoder that stays do, too.
+    """
+    plan, c, found = self.plan, self.plan.config, {}
+    names = ("vae", "vae_ema") if plan.average else ("vae",)
+    if c.autoencoder.decoder_only:
+      if (last := self.checkpoints.note()) is not None:
+        return {name: last["models"][name] for name in names}
+      if (kept := weights.statistics(plan)) is not None:
+        return {name: dataclasses.asdict(kept) for name in names}
+    clips = self.feed.clips(autoencoder.MEASURED)
     assert plan.vae is not None
-    for name in ("vae", "vae_ema") if plan.average else ("vae",):
+    for name in names:
       params = self.stage.trained("autoencoder", name == "vae_ema")
       mean, std = autoencoder.statistics(plan.vae, params, clips, plan.stream.compute_dtype)
       found[name] = dataclasses.asdict(dataclasses.replace(plan.vae, mean=mean, std=std))

@@ -196,6 +196,11 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
       "flow.train_text_encoder is set, which the stage flow knows without adapters only; leave it "
       "out, or set stage to flow and lora.rank to 0."
     )
+  if "muon" in (c.optimizer.kind, c.critic_optimizer.kind) and (c.stage == "vae" or c.lora.rank):
+    raise ConfigError(
+      "An optimizer's kind is muon, which moves matrices of transformers, and an autoencoder or "
+      "adapters are to be trained; set it to adam."
+    )
   if c.batch % c.accumulate:
     raise ConfigError(
       f"A batch of {c.batch} does not divide into {c.accumulate} parts; make batch a multiple of "

@@ -11,9 +11,11 @@ from jaxtyping import Array, Float
 
 from hfjax import convert, parallel, pipeline
 from hfjax import text as texts
+from hfjax.convert import checkpoint
 from hfjax.data import contexts
 from hfjax.models import umt5, vae, wan
 from hfjax.models.presets import WanConfig
+from hfjax.models.vae import VaeConfig
 from hfjax.streaming.pixels import Autoencoder
 from hfjax.training import lora
 from hfjax.training.plan import RANDOM, Plan
@@ -46,6 +48,15 @@ def _begin(plan: Plan, kind: str, weights: str, init: Any, config: Any, averaged
     return parallel.create(make, plan.mesh, plan.config.seed)
   place = parallel.placing(plan.mesh)
   return convert.load(weights, kind, place, "float32", averaged=averaged).params
+
+
+def statistics(plan: Plan) -> VaeConfig | None:
+  """Of the latents of the autoencoder that training begins with; None of a random one."""
+  c = plan.config
+  source = c.init or c.vae.weights
+  if source.startswith(RANDOM):
+    return None
+  return checkpoint.open_parts(convert.locate(source), "vae", averaged=c.init_ema)[0].config
 
 
 def _load_transformer(plan: Plan, part: str) -> Any:

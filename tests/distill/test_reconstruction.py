@@ -106,6 +106,19 @@ def test_halves_are_computed_anew_if_that_is_asked_for(remat):
   assert sum("remat" in name or "checkpoint" in name for name in steps) == 2 * remat
 
 
+def test_an_encoder_that_stays_gets_no_gradients():
+  clips = jax.random.randint(KEY, (1, 5, 4, 6, 3), 0, 256, jnp.uint8)
+  weights = vae.init_params(PLAIN, jax.random.key(1))
+  both, one = (
+    jax.grad(Reconstruction(PLAIN, 5, decoder_only=only).loss, has_aux=True)(weights, clips, KEY)[0]
+    for only in (False, True)
+  )
+  assert all(not np.any(x) for x in jax.tree.leaves(one["encoder"]))
+  assert all(np.any(x) for x in jax.tree.leaves(both["encoder"]))
+  for a, b in zip(*map(jax.tree.leaves, (both["decoder"], one["decoder"])), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_halves_are_those_that_sample():
   o, x = Reconstruction(PLAIN, 5), video(5, 2)
   moments = jax.jit(o.encode)(params(PLAIN), x)

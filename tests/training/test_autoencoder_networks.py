@@ -96,6 +96,26 @@ def convert_note(run, target, change):
   return target
 
 
+def test_an_encoder_that_stays_keeps_its_latents(whole, held, tmp_path):
+  more = (
+    f"--config.init={whole}",
+    "--config.init_ema=true",
+    "--config.autoencoder.decoder_only=true",
+  )
+  # Other clips, whose statistics differ; stopped once, after which the first run is not needed.
+  assert run(tmp_path / "run", RATE, *more, "--config.seed=3", "--config.steps=1") == 0
+  assert (
+    run(tmp_path / "run", RATE, "--config.autoencoder.decoder_only=true", "--config.seed=3") == 0
+  )
+  now, note = arrays(tmp_path / "run", STEPS)
+  before, told = held
+  for name in ("vae", "vae_ema"):
+    assert note["models"][name] == told["models"]["vae_ema"]
+    for key in (k for k in now if k.startswith(f"{name}/")):
+      same = np.array_equal(now[key], before[f"vae_ema/{key.split('/', 1)[1]}"])
+      assert same == (key.split("/")[1] == "encoder"), key
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 def test_another_run_begins_with_its_weights(whole, held, averaged):
   p = planned(f"--config.init={whole}", f"--config.init_ema={averaged}")

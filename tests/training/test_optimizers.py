@@ -2,10 +2,14 @@
 
 import math
 
+import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hfjax.models import umt5, wan
+from hfjax.models.presets import WanConfig
 from hfjax.training.optimizers import SCHEDULES, OptimizerConfig
 
 
@@ -75,9 +79,66 @@ def test_updates_are_adams(b1, clip):
     np.testing.assert_allclose(now[k], want, rtol=2e-5, atol=2e-6)
 
 
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam():
+  # With these momenta and a first step, the direction is that of the gradient alone.
+  config = OptimizerConfig(0.1, b1=0.0, b2=0.9, decay=0.0, clip=0.0, kind="muon")
+  network = WanConfig(
+    dim=12, ffn_dim=20, heads=2, layers=2, in_dim=2, out_dim=2, text_dim=6, text_len=3,
+    freq_dim=4, image_dim=5, linear=True,
+  )  # fmt: skip
+  text = umt5.Umt5Config(vocab=7, dim=6, dim_attn=8, dim_ffn=10, heads=2, layers=2)
+  params = {
+    "student": wan.init_params(network, jax.random.key(0)),
+    "text": umt5.init_params(text, jax.random.key(1)),
+  }
+  draw = np.random.default_rng(0)
+  grads = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), params)
+  optimizer = config.make(10)
+  changes, _ = optimizer.update(grads, optimizer.init(params), params)
+  flat = lambda tree: {
+    "/".join(k.key for k in path): np.float64(x)
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
+  changes, grads = flat(changes), flat(grads)
+  # Layers apart, and queries, keys and values: rows that take, columns that give.
+  matrices = {
+    "self_attn/qkv": "l i n h d -> (l n) i (h d)",
+    "cross_attn/kv": "l i n h d -> (l n) i (h d)",
+    "cross_attn/image_kv": "l i n h d -> (l n) i (h d)",
+    "cross_attn/q": "l i h d -> l i (h d)",
+    "self_attn/out": "l h d o -> l (h d) o",
+    "cross_attn/out": "l h d o -> l (h d) o",
+    "self_attn/linear_proj": "l i o -> l i o",
+    "ffn_in": "l i o -> l i o",
+    "ffn_out": "l i o -> l i o",
+  }
+  wanted = {f"student/blocks/{name}/kernel": axes for name, axes in matrices.items()} | {
+    "text/blocks/attn/qkv/kernel": "l i n h d -> (l n) i (h d)",
+    "text/blocks/attn/out/kernel": "l h d o -> l (h d) o",
+    "text/blocks/ffn/in/kernel": "l i n o -> (l n) i o",
+    "text/blocks/ffn/out/kernel": "l i o -> l i o",
+  }
+  assert wanted.keys() <= changes.keys()
+  assert not [
+    name for name in changes.keys() - wanted.keys() if "blocks" in name and "kernel" in name
+  ]
+  for name, axes in wanted.items():
+    change, grad = (einops.rearrange(x[name], axes) for x in (changes, grads))
+    for a, g in zip(change, grad, strict=True):
+      u, spectrum, v = np.linalg.svd(g, full_matrices=False)
+      spectrum /= np.linalg.norm(spectrum)
+      for _ in range(5):  # of Newton and Schulz, which bring singular values near 1
+        spectrum = 3.4445 * spectrum - 4.775 * spectrum**3 + 2.0315 * spectrum**5
+      want = -0.1 * 0.2 * np.sqrt(max(a.shape)) * (u * spectrum) @ v
+      np.testing.assert_allclose(a, want, rtol=1e-3, atol=1e-3 * np.abs(want).max(), err_msg=name)
+  for name in changes.keys() - wanted.keys():  # Adam's first step
+    np.testing.assert_allclose(changes[name], -0.1 * np.sign(grads[name]), rtol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
+    ({"kind": "sgd"}, "There is no optimizer 'sgd'; choose one of adam, muon"),
     ({"schedule": "step"}, "no schedule 'step' of learning rates; choose one of constant, cosine"),
     ({"b1": 1.0}, "b1 is 1.0; it must lie in"),
     ({"b2": -0.1}, "b2 is -0.1"),
