@@ -74,6 +74,50 @@ def test_batches_are_those_that_are_read(tmp_path, accumulate, context):
   np.testing.assert_array_equal(ours()["latents"], next(again(theirs, state))["latents"])
 
 
+def test_contexts_of_what_is_kept_are_computed_once(tmp_path, monkeypatch):
+  folder = write(tmp_path / "data")
+  ours, theirs = feeds(tmp_path, f"data.path={folder}", "batch=4")
+  p, asked = ours.plan, []
+  room = len("abcdef") * p.student.text_len * p.student.text_dim * 4
+  for nbytes in (room - 1, room):  # contexts shall not take more of it than latents
+    monkeypatch.setattr(Resident, "nbytes", nbytes)
+    assert (Feed(p, weights.Encoder(p), tmp_path, print)._kept is None) == (nbytes < room)
+
+  class Asked(weights.Encoder):
+    def __call__(self, prompts):
+      asked.extend(prompts)
+      return super().__call__(prompts)
+
+  kept = Feed(p, Asked(p), tmp_path, print)
+  assert sorted({*asked} - {p.config.text.negative}) == list("abcdef")
+  asked.clear()
+  for _ in range(4):
+    x, y = kept(), theirs()
+    for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True):
+      # Prompts were encoded beside others.
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+      assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+  assert not asked
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_beginnings_of_longer_clips_are_taken(tmp_path, resident):
+  folder = write(tmp_path / "data", context=True)
+  p = planned(f"data.path={folder}", "batch=4", "flow.frames=1", f"data.resident={resident}")
+  feed = Feed(p, weights.Encoder(p), tmp_path, print)
+  whole = [x["latents"] for x in open_source("videos", folder)]
+  want = stages.batch_shapes(p)
+  for _ in range(3):
+    batch = feed()
+    assert jax.tree.map(jnp.shape, batch) == jax.tree.map(lambda x: x.shape, want)
+    for x in batch["latents"][0]:
+      assert sum(np.array_equal(x, y[:1]) for y in whole) == 1
+  assert feed.has_contexts
+  p = planned(f"data.path={folder}", "batch=4", "flow.frames=3", f"data.resident={resident}")
+  with pytest.raises(DataError, match="have 2 frames, and flow.frames is 3; give longer clips"):
+    Feed(p, weights.Encoder(p), tmp_path, print)
+
+
 def again(feed, state):
   feed.restore(state)
   yield feed()

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from hfjax.data.rejects import DataError
-from hfjax.data.shapes import FPS, Layout, Scene, Shapes, Thing, Track, paint
+from hfjax.data.shapes import FPS, SIZES, Layout, Scene, Shapes, Thing, Track, paint
 from hfjax.data.shapes_judge import LEAST_FRAMES, compare, judge, look
 
 FRAMES = 81
@@ -98,7 +98,7 @@ def test_short_clips_are_seen():
 RING = Thing("orange", "ring", "medium", "right")
 STAR = Thing("cyan", "star", "large", "spin")
 PAIR = Scene((RING, STAR), "stripes", False)
-TRACKS = (Track("right", 20, 32, 14.5, 30, 0), Track("spin", 70, 96, 20, 1.8, 0.1))
+TRACKS = (Track("right", 20, 32, SIZES["medium"], 30, 0), Track("spin", 70, 96, 20, 1.8, 0.1))
 PLACE = Layout(TRACKS, (0.88, 1.1, 0.92), (0.12, 0.3), (1, 1), (5, 7), 0, None)
 HALF = FRAMES // 2
 
@@ -156,8 +156,9 @@ def right():
   return paint(PAIR, PLACE, FRAMES)
 
 
-RED, SQUARE, SMALL = {"colour": "red"}, {"shape": "square"}, ({"size": "small"}, {"radius": 10})
-MEDIUM = {"size": "medium"}, {"radius": 14.5}
+RED, SQUARE = {"colour": "red"}, {"shape": "square"}
+SMALL = {"size": "small"}, {"radius": SIZES["small"]}
+MEDIUM = {"size": "medium"}, {"radius": SIZES["medium"]}
 PAN = {"background": "pan", "direction": (1, 0)}
 STOP = lambda time: min(time, HALF / FPS)
 # What is made, and what of it is wrong; all else must be seen to be right.
