@@ -1,30 +1,32 @@
 """Batches without end, for each process its own, that go on where they were left."""
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from hfjax.data.rejects import DataError, Rejects
 from hfjax.data.sources import Source, open_source
 
-__all__ = ["Batches", "batches", "open_source"]
+__all__ = ["Batches", "batches", "indices", "open_source"]
 
 _THREADS = 4
 
 
 class Batches:
-  """Iterates over batches; see `batches`."""
+  """Iterates over batches; see `batches` and `indices`."""
 
-  def __init__(self, data: Any, about: Mapping[str, int]):
+  def __init__(self, data: Any, about: Mapping[str, Any]):
     self._data, self._about = iter(data), dict(about)
 
   def __iter__(self) -> "Batches":
     return self
 
-  def __next__(self) -> dict[str, Any]:
+  def __next__(self) -> Any:
     return next(self._data)
 
   def get_state(self) -> dict[str, Any]:
@@ -38,11 +40,12 @@ class Batches:
     """
     if "position" not in state:
       raise DataError("The state of the data has no position; give what get_state returned.")
-    for name, value in self._about.items():
-      if state.get(name) != value:
+    for name in {**self._about, **state}.keys() - {"position"}:
+      then, now = state.get(name), self._about.get(name)
+      if then != now:
         raise DataError(
-          f"The state of the data was saved with {name}={state.get(name)}, and now it is {value}; "
-          "resume with the same, or begin the data anew."
+          f"The state of the data was saved with {name}={then}, and now it is {now}; resume with "
+          "the same, or begin the data anew."
         )
     self._data.set_state(state["position"])
 
@@ -68,23 +71,14 @@ def batches(
   Raises DataError if there are too few examples, or a context is longer than `text_len`; and on
   damaged examples, unless the source was opened with on_bad="skip".
   """
-  if batch < 1 or not 0 <= process_index < process_count:
-    raise DataError(
-      f"Batches of {batch} are asked for by process {process_index} of {process_count}; give at "
-      "least 1 example, and count processes from 0."
-    )
-  if len(source) < batch * process_count:
-    raise DataError(
-      f"There are {len(source)} examples, and a batch takes {batch * process_count}; give more "
-      "examples, or make the batch smaller."
-    )
+  _check(len(source), batch, process_index, process_count)
   rejects = getattr(source, "rejects", None) or Rejects()
   # Before any skipping: lines that were left out of a file do not count among its examples.
   before = rejects.count
 
   def read(index: int) -> dict[str, Any] | None:
     try:
-      return _filled(source[index], text_len)
+      return filled(source[index], text_len)
     except DataError as e:
       if rejects.add(str(e), key=index):
         warnings.warn(f"{e} It is left out.", stacklevel=2)
@@ -102,7 +96,57 @@ def batches(
   return Batches(data.batch(batch, batch_fn=_stack), about)
 
 
-def _filled(example: dict[str, Any], text_len: int | None) -> dict[str, Any]:
+def indices(
+  count: int, batch: int, seed: int, *, process_index: int = 0, process_count: int = 1
+) -> Batches:
+  """As `batches`, of numbers of examples alone, int64 `[b]`, and faster; their order is another."""
+  _check(count, batch, process_index, process_count)
+  order = _Order(count, batch, seed, process_index, process_count)
+  about = {"examples": count, "seed": seed, "batch": batch, "process_count": process_count}
+  return Batches(order, about | {"by": "index"})
+
+
+class _Order:
+  """Numbers of this process's examples, shuffled by each epoch's own seed."""
+
+  def __init__(self, count: int, batch: int, seed: int, process_index: int, process_count: int):
+    self._count, self._batch, self._next = count, batch, 0
+    self._first, self._stride = process_index, process_count
+    self._epoch = functools.lru_cache(2)(
+      lambda epoch: np.random.default_rng([seed, epoch]).permutation(count)
+    )
+
+  def __iter__(self) -> "_Order":
+    return self
+
+  def __next__(self) -> Int[np.ndarray, "b"]:
+    at = self._first + self._stride * (self._next + np.arange(self._batch))
+    self._next += self._batch
+    epochs, places = np.divmod(at, self._count)
+    return np.concatenate([self._epoch(e)[places[epochs == e]] for e in np.unique(epochs).tolist()])
+
+  def get_state(self) -> dict[str, int]:
+    return {"next_index": self._next}
+
+  def set_state(self, state: Mapping[str, int]):
+    self._next = state["next_index"]
+
+
+def _check(count: int, batch: int, process_index: int, process_count: int):
+  if batch < 1 or not 0 <= process_index < process_count:
+    raise DataError(
+      f"Batches of {batch} are asked for by process {process_index} of {process_count}; give at "
+      "least 1 example, and count processes from 0."
+    )
+  if count < batch * process_count:
+    raise DataError(
+      f"There are {count} examples, and a batch takes {batch * process_count}; give more "
+      "examples, or make the batch smaller."
+    )
+
+
+def filled(example: dict[str, Any], text_len: int | None) -> dict[str, Any]:
+  """An example whose context, if there is one, has `text_len` rows; DataError if it has more."""
   context = example.get("context")
   if context is None or text_len is None:
     return example

@@ -1,5 +1,6 @@
-"""Examples whose arrays are kept on the device, where these are small and steps are short."""
+"""Examples whose arrays are kept on the devices, where these are small and steps are short."""
 
+import functools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
+from hfjax import parallel
 from hfjax.data.rejects import DataError, Rejects
 from hfjax.data.sources import Source
 
@@ -16,7 +19,7 @@ _THREADS = 8
 
 
 class Resident:
-  """A source whose examples have an `index` in place of an array, which `fetch` turns into it.
+  """The examples of a source, without arrays of one name, which every device has all of.
 
   Arrays are kept in float16 if they were stored so, and else as they are. Damaged examples are
   left out. rejects: of the source.
@@ -24,8 +27,8 @@ class Resident:
   Raises DataError if no example can be read, or their shapes differ.
   """
 
-  def __init__(self, source: Source, name: str):
-    self.name = name
+  def __init__(self, source: Source, name: str, mesh: Mesh):
+    self.mesh = mesh
     self.rejects: Rejects = getattr(source, "rejects", None) or Rejects()
     half = getattr(source, "dtypes", {}).get(name) == "float16"
 
@@ -47,25 +50,37 @@ class Resident:
     if len(shapes) > 1:
       raise DataError(f"Arrays of {name} differ in shape; make the data anew.")
     self._examples = [example for example, _ in found]
-    self._arrays = jnp.asarray(np.stack([x for _, x in found]))
+    self._arrays: dict[str, Array] = {}
+    self.add(name, np.stack([x for _, x in found]))
+    self.nbytes = self._arrays[name].nbytes  # of these arrays
 
-  @property
-  def nbytes(self) -> int:
-    """Bytes of all arrays."""
-    return self._arrays.nbytes
+  def add(self, name: str, rows: np.ndarray):
+    """Keeps other arrays too, one for each example."""
+    where = parallel.replicated(self.mesh)
+    self._arrays[name] = jax.make_array_from_process_local_data(where, np.asarray(rows))
 
   def __len__(self) -> int:
     return len(self._examples)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return {**self._examples[index], "index": np.int32(index)}
+    return self._examples[index]
 
-  def fetch(self, index: np.ndarray) -> dict[str, Array]:
-    """The arrays of a batch, `[b ...]`, on the device; float32, or bytes."""
-    return {self.name: _take(self._arrays, jnp.asarray(index))}
+  def fetch(self, index: Int[np.ndarray, "k b"]) -> dict[str, Array]:
+    """All arrays of a batch in k parts, `[k b ...]`, split over devices; float32, or integers.
+
+    index: of this process's share of the batch.
+    """
+    placed = parallel.put_batch(self.mesh, index.astype(np.int32), axis=1)
+    return _taker(self.mesh)(self._arrays, placed)
 
 
-@jax.jit
-def _take(arrays, index):
-  x = arrays[index]
-  return x if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+@functools.cache
+def _taker(mesh: Mesh):
+  def take(x, index):
+    x = x[index]
+    return x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(jnp.float32)
+
+  return jax.jit(
+    lambda arrays, index: {name: take(x, index) for name, x in arrays.items()},
+    out_shardings=parallel.batched(mesh, 1),
+  )

@@ -203,6 +203,7 @@ def _optimizer(rate: float) -> ConfigDict:
   """See training.optimizers."""
   c = ConfigDict()
   c.kind = "adam"  # or muon
+  c.adam_share = 1.0  # with muon, of the rate, for what is no matrix
   c.rate = rate
   c.schedule = "constant"
   c.warmup = 0

@@ -3,12 +3,10 @@
 import contextlib
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -47,15 +45,16 @@ class Feed:
     source = _open(plan, encode, workdir, say, quiet)
     name = ARRAYS.get(plan.stage)
     self._opened = source
-    self.source = Resident(source, name) if c.data.resident and name else source
+    self.source = Resident(source, name, plan.mesh) if c.data.resident and name else source
     self._say, self._cut = say, set[str]()
-    # What is there already need not be read ahead, for which threads take longer than steps.
-    prefetch = 0 if isinstance(self.source, Resident) else c.data.prefetch
-    self._batches = loading.batches(
-      self.source, c.batch // processes, c.seed, process_index=jax.process_index(),
-      process_count=processes, prefetch=prefetch, text_len=plan.student.text_len,
-    )  # fmt: skip
-    self._kept: Callable[[np.ndarray], Texts | Tokens] | None = None
+    where = {"process_index": jax.process_index(), "process_count": processes}
+    if isinstance(self.source, Resident):
+      self._batches = loading.indices(len(self.source), c.batch // processes, c.seed, **where)
+    else:
+      self._batches = loading.batches(
+        self.source, c.batch // processes, c.seed, prefetch=c.data.prefetch,
+        text_len=plan.student.text_len, **where,
+      )  # fmt: skip
     if encode is None:
       return
     encode.remember([c.text.negative])
@@ -66,36 +65,49 @@ class Feed:
     else:
       self._negative = (put_negative(plan, encode([c.text.negative])),)
     if isinstance(self.source, Resident):
-      self._kept = self._keep(self.source)
+      self._keep_texts(self.source)
 
   def __call__(self) -> Batch:
-    raw, texts = next(self._batches), None
+    name, raw = ARRAYS.get(self.plan.stage), next(self._batches)
     if isinstance(self.source, Resident):
-      index = raw.pop("index")
-      raw |= self.source.fetch(index)
-      if self._kept is not None:
-        texts = self._kept(index)
-    if texts is None and self.plan.stage != "vae":
-      texts = self._texts(raw)
-    name = ARRAYS.get(self.plan.stage)
+      return self._fetched(self.source, raw)
+    texts = None if self.plan.stage == "vae" else self._texts(raw)
     return put(self.plan, {} if name is None else {name: raw[name]}, texts)
 
-  def _keep(self, source: Resident) -> Callable[[np.ndarray], Texts | Tokens] | None:
-    """Of indices, what prompts become, once for all steps; None where it is too large."""
+  def _fetched(self, source: Resident, index: np.ndarray) -> Batch:
+    """The batch of these examples."""
+    batch: Batch = source.fetch(index.reshape(self.plan.config.accumulate, -1))
+    if "ids" in batch:
+      return batch | {"texts": Tokens(batch.pop("ids"), batch.pop("length"), *self._negative)}
+    if "context" in batch:
+      return batch | {"texts": Texts(batch.pop("context"), *self._negative)}
+    if self.plan.stage != "vae":
+      texts = self._texts({"prompt": [source[i]["prompt"] for i in index]})
+      batch |= put(self.plan, {}, texts)
+    return batch
+
+  def _keep_texts(self, source: Resident):
+    """Keeps what prompts become, too, where that takes no more room than what is kept already."""
     assert self.encode is not None
-    student, prompts = self.plan.student, [source[i]["prompt"] for i in range(len(source))]
+    student, examples = self.plan.student, [source[i] for i in range(len(source))]
+    prompts = [x["prompt"] for x in examples]
+    if self.has_contexts:
+      rows = [loading.filled(x, student.text_len)["context"] for x in examples]
+      source.add("context", np.stack([self._checked(x) for x in rows]))
+      return
     if isinstance(self.encode.encode, TrainedText):
       self._tell_of_long(prompts)
       ids, length = self.encode.encode.tokenizer(prompts)
-      return lambda index: Tokens(ids[index], length[index], *self._negative)
-    room = len(prompts) * student.text_len * student.text_dim * 4
-    if self.has_contexts or room > source.nbytes:
-      return None
+      source.add("ids", ids)
+      source.add("length", length)
+      return
+    if len(prompts) * student.text_len * student.text_dim * 4 > source.nbytes:
+      return
     self._tell_of_long(prompts)
     n = self.plan.config.batch
     parts = [contexts.filled(prompts[i : i + n], n) for i in range(0, len(prompts), n)]
-    rows = jnp.concatenate([self.encode(part) for part in parts])
-    return lambda index: Texts(rows[index], *self._negative)
+    encoded = np.concatenate([np.asarray(self.encode(part)) for part in parts])
+    source.add("context", encoded[: len(prompts)])
 
   def _texts(self, raw: dict[str, Any]) -> Texts | Tokens:
     """Of a batch of examples, with the negative prompt."""
@@ -108,12 +120,16 @@ class Feed:
     if context is None:
       self._tell_of_long(raw["prompt"])
       context = self.encode(raw["prompt"])
-    elif context.shape[-1] != self.plan.student.text_dim:
+    return Texts(self._checked(context), *self._negative)
+
+  def _checked(self, context: Any) -> Any:
+    """The same, if the student takes it."""
+    if context.shape[-1] != self.plan.student.text_dim:
       raise DataError(
         f"The contexts of the data are {context.shape[-1]} wide, and the student takes "
         f"{self.plan.student.text_dim}; embed the prompts with the text encoder of the student."
       )
-    return Texts(context, *self._negative)
+    return context
 
   def _tell_of_long(self, prompts: list[str]):
     """Prompts that are cut are counted, and the first ten named."""

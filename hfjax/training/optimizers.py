@@ -50,7 +50,8 @@ class OptimizerConfig:
   over which the rate rises from 0. b1, b2, eps: of Adam. decay: of weights, each update by this
   times the rate. clip: largest norm of all gradients together; 0 does not clip. kind: "muon" moves
   matrices in blocks of transformers along orthogonalised momentum, as far as Adam would (arXiv
-  2502.16982, section 2.2), and all else by Adam with Nesterov's momentum.
+  2502.16982, section 2.2), and all else by Adam with Nesterov's momentum, whose rate is `adam_share`
+  of it.
 
   Raises ValueError on values out of range.
   """
@@ -64,6 +65,7 @@ class OptimizerConfig:
   decay: float = 0.01
   clip: float = 10.0
   kind: str = "adam"
+  adam_share: float = 1.0
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
@@ -78,7 +80,7 @@ class OptimizerConfig:
         raise ValueError(f"Adam's {name} is {getattr(self, name)}; it must lie in [0, 1).")
     if not self.eps > 0:
       raise ValueError(f"Adam's eps is {self.eps}; it must be above 0, such as 1e-8.")
-    for name in ("rate", "warmup", "eps", "decay", "clip"):
+    for name in ("rate", "warmup", "eps", "decay", "clip", "adam_share"):
       if not 0 <= getattr(self, name) < float("inf"):
         raise ValueError(f"The optimizer's {name} is {getattr(self, name)}; give at least 0.")
 
@@ -98,7 +100,7 @@ class OptimizerConfig:
       clip,
       muon(
         rate, beta=_MOMENTUM, eps=self.eps, weight_decay=self.decay, adam_b1=self.b1,
-        adam_b2=self.b2, adam_weight_decay=self.decay, consistent_rms=_RMS,
+        adam_b2=self.b2, adam_weight_decay=self.decay, consistent_rms=_RMS, adam_learning_rate=lambda n: self.adam_share * rate(n),
         muon_weight_dimension_numbers=matrices,
       ),
     )  # fmt: skip

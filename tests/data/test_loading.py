@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hfjax.data import shards
-from hfjax.data.loading import batches, open_source
+from hfjax.data.loading import batches, indices, open_source
 from hfjax.data.rejects import DataError, Rejects
 
 
@@ -99,6 +99,43 @@ def test_a_state_of_other_data_is_refused(other, sentence):
     batches(**{**given, **other}).set_state(state)
   with pytest.raises(DataError, match="no position"):
     batches(**given).set_state({})
+
+
+@pytest.mark.parametrize(("count", "batch"), [(12, 4), (11, 4), (5, 5), (7, 2)])
+def test_numbers_go_through_every_epoch(count, batch):
+  found = np.concatenate([next(x) for x in [indices(count, batch, 3)] for _ in range(4 * count)])
+  rows = found[: len(found) // count * count].reshape(-1, count)
+  np.testing.assert_array_equal(np.sort(rows, axis=1), np.tile(np.arange(count), (len(rows), 1)))
+  assert len({*map(tuple, rows.tolist())}) > 1
+  assert next(indices(count, batch, 3)).tolist() == found[:batch].tolist()
+  assert count < 6 or next(indices(count, batch, 4)).tolist() != found[:batch].tolist()
+  # Processes share them, step by step.
+  if batch * 2 <= count:
+    both = [indices(count, batch, 3, process_index=i, process_count=2) for i in range(2)]
+    together = np.concatenate([np.stack([next(x) for x in both], axis=1).ravel() for _ in range(9)])
+    np.testing.assert_array_equal(together, found[: len(together)])
+
+
+def test_numbers_go_on_from_a_state_and_from_none_of_other_data():
+  make = lambda: indices(11, 4, 9, process_index=1, process_count=2)
+  stream = make()
+  want = [next(stream).tolist() for _ in range(9)]
+  for done in (0, 1, 5):
+    stream = make()
+    for _ in range(done):
+      next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    next(stream)
+    resumed = make()
+    resumed.set_state(state)
+    assert [next(resumed).tolist() for _ in range(9 - done)] == want[done:]
+  state = batches(Numbers(11), 4, 9, process_index=1, process_count=2).get_state()
+  with pytest.raises(DataError, match="saved with by=None, and now it is index"):
+    make().set_state(state)
+  with pytest.raises(DataError, match="saved with by=index, and now it is None"):
+    batches(Numbers(11), 4, 9, process_index=1, process_count=2).set_state(make().get_state())
+  with pytest.raises(DataError, match="There are 11 examples, and a batch takes 12"):
+    indices(11, 6, 0, process_count=2)
 
 
 def test_damaged_examples_are_told_and_left_out_or_the_end():

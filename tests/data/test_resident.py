@@ -1,5 +1,6 @@
-"""Arrays that stay on the device: the same batches as without."""
+"""Arrays that stay on the device: the same examples as without."""
 
+import contextlib
 import math
 import warnings
 
@@ -8,17 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hfjax import parallel
 from hfjax.data import resident, shards
-from hfjax.data.loading import batches, open_source
+from hfjax.data.loading import open_source
 from hfjax.data.made import MadeClips, made_latents
 from hfjax.data.rejects import DataError, Rejects
 from hfjax.data.resident import Resident
 from hfjax.data.sources import Beginnings
 from hfjax.training import config, plan, stages, weights
 from hfjax.training.feed import Feed
-from tests.training.runs import FLOW, small_programs
+from tests.training.runs import FLOW, one_device, small_programs
 
 SHAPE = (2, 4, 6, 4)
+MESH = parallel.make_mesh()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,33 +58,51 @@ def feeds(tmp_path, *more):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("context", [False, True])
-def test_batches_are_those_that_are_read(tmp_path, accumulate, context):
+def test_every_epoch_has_all_that_is_read(tmp_path, accumulate, context):
   folder = write(tmp_path / "data", context=context)
-  ours, theirs = feeds(tmp_path, f"data.path={folder}", "batch=4", f"accumulate={accumulate}")
-  want = stages.batch_shapes(ours.plan)
-  for _ in range(4):
-    x, y = ours(), theirs()
-    assert jax.tree.structure(x) == jax.tree.structure(y) == jax.tree.structure(want)
-    for a, b, like in zip(*map(jax.tree.leaves, (x, y, want)), strict=True):
-      np.testing.assert_array_equal(a, b)
-      assert (a.shape, a.dtype, a.sharding) == (like.shape, like.dtype, like.sharding)
-      assert b.sharding == like.sharding
-  assert ours.has_contexts == theirs.has_contexts == context
-  # It goes on where it was left, whichever of them was there before.
-  state = theirs.state()
-  theirs()
-  ours.restore(state)
-  np.testing.assert_array_equal(ours()["latents"], next(again(theirs, state))["latents"])
+  more = f"data.path={folder}", "batch=2", f"accumulate={accumulate}"
+  if accumulate == 2:
+    more = *more, "compute.fsdp=1"
+  with one_device() if accumulate == 2 else contextlib.nullcontext():
+    ours, theirs = feeds(tmp_path, *more)
+    want, epochs = stages.batch_shapes(ours.plan), []
+    for feed in (ours, theirs):
+      batches = [feed() for _ in range(9)]
+      for batch in batches:
+        assert jax.tree.structure(batch) == jax.tree.structure(want)
+        for a, like in zip(*map(jax.tree.leaves, (batch, want)), strict=True):
+          assert (a.shape, a.dtype, a.sharding) == (like.shape, like.dtype, like.sharding)
+        np.testing.assert_allclose(batch["texts"].negative, batches[0]["texts"].negative)
+      rows = [
+        np.concatenate([np.ravel(x), np.ravel(c)])
+        for batch in batches
+        for part in zip(batch["latents"], batch["texts"].context, strict=True)
+        for x, c in zip(*part, strict=True)
+      ]
+      epochs.append([sorted(map(tuple, rows[n : n + 6])) for n in (0, 6, 12)])
+    assert ours.has_contexts == theirs.has_contexts == context
+    # Where contexts are computed, they are so beside others.
+    np.testing.assert_allclose(epochs[0], epochs[1], rtol=1e-5, atol=1e-6)
+    # It goes on where it was left, but not where one of the other kind was.
+    state = ours.state()
+    want = ours()["latents"]
+    np.testing.assert_array_equal(next(again(ours, state))["latents"], want)
+    said = []
+    ours._say = said.append
+    ours.restore(theirs.state())
+    assert said and said[0].startswith("The data begin anew: The state of the data was saved with")
 
 
 def test_contexts_of_what_is_kept_are_computed_once(tmp_path, monkeypatch):
   folder = write(tmp_path / "data")
-  ours, theirs = feeds(tmp_path, f"data.path={folder}", "batch=4")
-  p, asked = ours.plan, []
+  p, asked = planned(f"data.path={folder}", "batch=4", "data.resident=True"), []
   room = len("abcdef") * p.student.text_len * p.student.text_dim * 4
   for nbytes in (room - 1, room):  # contexts shall not take more of it than latents
-    monkeypatch.setattr(Resident, "nbytes", nbytes)
-    assert (Feed(p, weights.Encoder(p), tmp_path, print)._kept is None) == (nbytes < room)
+    monkeypatch.setattr(
+      Resident, "nbytes", property(lambda self, n=nbytes: n, lambda *_: None), False
+    )
+    kept = Feed(p, weights.Encoder(p), tmp_path, print).source._arrays.keys()
+    assert ("context" in kept) == (nbytes >= room)
 
   class Asked(weights.Encoder):
     def __call__(self, prompts):
@@ -92,11 +113,7 @@ def test_contexts_of_what_is_kept_are_computed_once(tmp_path, monkeypatch):
   assert sorted({*asked} - {p.config.text.negative}) == list("abcdef")
   asked.clear()
   for _ in range(4):
-    x, y = kept(), theirs()
-    for a, b in zip(*map(jax.tree.leaves, (x, y)), strict=True):
-      # Prompts were encoded beside others.
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-      assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+    kept()
   assert not asked
 
 
@@ -152,42 +169,42 @@ def test_arrays_do_not_pass_the_host(tmp_path, monkeypatch):
 )
 def test_halves_are_kept_as_such(tmp_path, dtype, want):
   source = open_source("videos", write(tmp_path / "data", dtype=dtype))
-  kept = Resident(source, "latents")
-  assert kept._arrays.dtype == want and kept._arrays.shape == (6, *SHAPE)
-  found = kept.fetch(np.array([5, 0, 5]))["latents"]
-  assert found.dtype == jnp.float32
-  np.testing.assert_array_equal(found, np.stack([source[i]["latents"] for i in (5, 0, 5)]))
-  assert len(kept) == 6 and {**kept[4]} == {"prompt": "e", "index": 4}
+  kept = Resident(source, "latents", MESH)
+  assert kept._arrays["latents"].dtype == want
+  assert kept._arrays["latents"].shape == (6, *SHAPE) and kept.nbytes == 6 * math.prod(SHAPE) * (
+    2 if want == "float16" else 4
+  )
+  found = kept.fetch(np.array([[5, 0], [5, 1]]))["latents"]
+  assert found.dtype == jnp.float32 and found.shape == (2, 2, *SHAPE)
+  read = np.stack([source[i]["latents"] for i in (5, 0, 5, 1)]).reshape(found.shape)
+  np.testing.assert_array_equal(found, read)
+  assert len(kept) == 6 and kept[4] == {"prompt": "e"}
   with pytest.raises(IndexError):
     kept[6]
 
 
 def test_bytes_stay_bytes():
   clips = MadeClips(3, 4, 5, 3, count=4, seed=1)
-  found = Resident(clips, "video").fetch(np.array([2, 1]))["video"]
+  found = Resident(clips, "video", MESH).fetch(np.array([[2, 1]]))["video"]
   assert found.dtype == jnp.uint8
-  np.testing.assert_array_equal(found, np.stack([clips[i]["video"] for i in (2, 1)]))
+  np.testing.assert_array_equal(found, np.stack([clips[i]["video"] for i in (2, 1)])[None])
 
 
 def test_bad_examples_are_left_out_and_counted(tmp_path):
   folder = write(tmp_path / "data", prompts=("a", " ", "c", "", "e"))
   with pytest.warns(UserWarning) as told:
-    kept = Resident(open_source("videos", folder, on_bad="skip"), "latents")
+    kept = Resident(open_source("videos", folder, on_bad="skip"), "latents", MESH)
   assert len(told) == 2
   assert all(str(x.message).endswith("empty prompt. It is left out.") for x in told)
   assert kept.rejects.count == 2 and [kept[i]["prompt"] for i in range(3)] == ["a", "c", "e"]
   source = open_source("videos", folder, on_bad="skip")
   with warnings.catch_warnings():
     warnings.simplefilter("error")
-    data = batches(kept, 3, 0)
-    for _ in range(3):
-      batch = next(data)
-      found = kept.fetch(batch["index"])["latents"]
-      for prompt, x in zip(batch["prompt"], found, strict=True):
-        np.testing.assert_array_equal(x, source["abcde".index(prompt)]["latents"])
+    for i, x in zip([2, 0, 1, 2], kept.fetch(np.array([[2, 0, 1, 2]]))["latents"][0], strict=True):
+      np.testing.assert_array_equal(x, source["abcde".index(kept[i]["prompt"])]["latents"])
   assert kept.rejects.count == 2
   with pytest.raises(DataError, match="empty prompt. Mend that, or set on_bad to skip"):
-    Resident(open_source("videos", folder), "latents")
+    Resident(open_source("videos", folder), "latents", MESH)
 
 
 def test_nothing_that_can_be_used_is_the_end(tmp_path):
@@ -196,13 +213,13 @@ def test_nothing_that_can_be_used_is_the_end(tmp_path):
     pytest.warns(UserWarning, match="empty prompt"),
     pytest.raises(DataError, match="All examples are bad. 2 examples are left out"),
   ):
-    Resident(source, "latents")
+    Resident(source, "latents", MESH)
 
 
 def test_arrays_of_several_shapes_are_refused():
   both = [made_latents(n, 2, 2, 4)[0] for n in (1, 2)]
   with pytest.raises(DataError, match="Arrays of latents differ in shape; make the data anew"):
-    Resident(both, "latents")
+    Resident(both, "latents", MESH)
 
 
 class Clips:
