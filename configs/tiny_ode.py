@@ -20,7 +20,9 @@ def get_config() -> ConfigDict:
   c.data.path = "data/trajectories"
   c.data.resident = True
   c.data.prefetch = 4
-  c.optimizer.rate = 3e-4
+  c.optimizer.kind = "muon"
+  c.optimizer.rate = 2e-3
+  c.optimizer.adam_share = 0.3
   c.optimizer.schedule = "cosine"
   c.optimizer.warmup = 100
   c.ema.decay = 0.995

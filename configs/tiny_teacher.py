@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
   c.data.path = "data/clips"
   c.data.resident = True
   c.data.prefetch = 4
-  c.optimizer.rate = 1e-3
+  c.optimizer.kind = "muon"
+  c.optimizer.rate = 4e-3
+  c.optimizer.adam_share = 0.3
   c.optimizer.schedule = "cosine"
   c.optimizer.warmup = 100
   c.ema.decay = 0.999

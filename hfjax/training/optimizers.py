@@ -50,8 +50,8 @@ class OptimizerConfig:
   over which the rate rises from 0. b1, b2, eps: of Adam. decay: of weights, each update by this
   times the rate. clip: largest norm of all gradients together; 0 does not clip. kind: "muon" moves
   matrices in blocks of transformers along orthogonalised momentum, as far as Adam would (arXiv
-  2502.16982, section 2.2), and all else by Adam with Nesterov's momentum, whose rate is `adam_share`
-  of it.
+  2502.16982, section 2.2), and all else by Adam with Nesterov's momentum, at `adam_share` times the
+  rate.
 
   Raises ValueError on values out of range.
   """
@@ -100,7 +100,8 @@ class OptimizerConfig:
       clip,
       muon(
         rate, beta=_MOMENTUM, eps=self.eps, weight_decay=self.decay, adam_b1=self.b1,
-        adam_b2=self.b2, adam_weight_decay=self.decay, consistent_rms=_RMS, adam_learning_rate=lambda n: self.adam_share * rate(n),
+        adam_b2=self.b2, adam_weight_decay=self.decay, consistent_rms=_RMS,
+        adam_learning_rate=lambda n: self.adam_share * rate(n),
         muon_weight_dimension_numbers=matrices,
       ),
     )  # fmt: skip
