@@ -12,11 +12,13 @@ from pathlib import Path
 CURVES = {
   "vae": ("autoencoder/psnr", "autoencoder: PSNR, dB", False),
   "vae_long": ("autoencoder/psnr", "autoencoder, long clips: PSNR, dB", False),
+  "teacher_short": ("student/unweighted_loss", "teacher, beginnings: flow-matching loss", True),
   "teacher": ("student/unweighted_loss", "teacher: flow-matching loss", True),
   "ode": ("student/loss", "ode: regression loss", True),
   "stage1": ("student/score_gradient", "stage 1: score difference", True),
   "stage2": ("student/score_gradient", "stage 2: score difference", True),
 }
+_ORDER = ("judge", "vae", "teacher", "ode", "stage1", "student")
 _SMOOTH = 15  # rows that a point is the mean of
 
 
@@ -52,7 +54,8 @@ def accuracies(folder: Path, plt):
   if not found:
     return
   figure, axis = plt.subplots(figsize=(max(6, 1.8 * len(found)), 3.5))
-  names = list(found)
+  place = lambda name: next((i for i, x in enumerate(_ORDER) if name.startswith(x)), len(_ORDER))
+  names = sorted(found, key=place)  # of equals as before
   for i, name in enumerate(names):
     d = found[name]
     error = [[d["accuracy"] - d["low"]], [d["high"] - d["accuracy"]]]
@@ -63,7 +66,7 @@ def accuracies(folder: Path, plt):
       )
   axis.set(ylim=(0, 1.02), ylabel="share of videos")
   axis.set_xticks(range(len(names)), [n.replace("_accuracy", "").replace("_", " ") for n in names])
-  axis.legend(fontsize=7, ncols=7, loc="lower center")
+  axis.legend(fontsize=7, ncols=7, loc="lower center", bbox_to_anchor=(0.5, 1.0))
   axis.grid(alpha=0.3, axis="y")
   figure.tight_layout()
   figure.savefig(folder / "accuracy.png", dpi=100)
