@@ -22,8 +22,8 @@ SHAPE = (2, 4, 6, 4)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  with small_programs(tmp_path_factory.mktemp("programs")):
+def programs():
+  with small_programs():
     yield
 
 
