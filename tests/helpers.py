@@ -1,6 +1,8 @@
 """Small models with parameters of realistic size, and streams of them."""
 
 import contextlib
+import functools
+import math
 import resource
 import signal
 
@@ -29,15 +31,39 @@ close = jax.jit(commit, static_argnums=0)
 advance = jax.jit(chunk_step, static_argnums=0)
 
 
+@functools.cache
+def shapes_of(init, config):
+  """Of a network's parameters; many tests ask for the same, and tracing takes a while."""
+  return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
 def random_params(config=MODEL, seed=0):
-  """Parameters none of which is zero or one throughout."""
-  params = wan.init_params(config, jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return jax.tree.unflatten(
-    tree,
-    [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)],
-  )
+  """Parameters none of which is zero or one throughout: as they begin, and noise of 0.1.
+
+  Drawn by NumPy, as JAX would run the network and compile a program for every shape.
+  """
+  draw, wide = np.random.default_rng(seed), math.hypot(0.1, config.dim**-0.5)
+
+  def leaf(path, like):
+    names = [key.key for key in path]
+    matrix = names[0] == "blocks" and names[-1] == "kernel" and "linear_proj" not in names
+    large = matrix or names[0] == "patch_embedding" or names[-1] == "modulation"
+    x = draw.normal(float(names[-1] == "scale"), wide if large else 0.1, like.shape)
+    return jnp.asarray(x, like.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes_of(wan.init_params, config))
+
+
+def drawn_params(init, config, seed=0):
+  """Parameters of any network, for tests to which it does not matter how they begin."""
+  draw = np.random.default_rng(seed)
+
+  def leaf(path, like):
+    inputs = like.shape[path[0].key == "blocks" : -1]  # without layers, which are stacked
+    spread = math.prod(inputs) ** -0.5 if path[-1].key in ("kernel", "embedding") else 0.1
+    return jnp.asarray(draw.normal(path[-1].key == "scale", spread, like.shape), like.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes_of(init, config))
 
 
 def stream_config(model=MODEL, steps=(1000, 500), dtype="float32", remat=False, **geometry):

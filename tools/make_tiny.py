@@ -35,7 +35,7 @@ STEPS_OF_TEACHER, GUIDANCE = 48, 3.0
 # What is changed of the configs so that everything runs, and nothing is learnt; as much alike as
 # can be, so that what one stage compiles serves the next.
 _SMOKE = {
-  "vae": {"autoencoder.frames": 5, "data.made": 4},
+  "vae": {"autoencoder.frames": 5, "autoencoder.edges": 2.0, "data.made": 4},
   "teacher": {"flow.frames": 6},
   "ode": {"ode.frames": 6},
   "stage1": {"distill.last": 2, "distill.most": 2, "data.made": 4},

@@ -308,7 +308,8 @@ assert any(x.addressable_shards[0].data.size * 8 == x.size for x in spread)
 jax.tree.map(np.testing.assert_array_equal, one.params, many.params)
 x = jax.random.normal(jax.random.key(0), (1, 2, 4, 6, 4))
 text = jnp.ones((1, 3, 12))
-flow = [wan.predict_flow(m.config, m.params, x, jnp.array([500.0]), text) for m in (one, many)]
+predict = jax.jit(wan.predict_flow, static_argnums=0)
+flow = [predict(m.config, m.params, x, jnp.array([500.0]), text) for m in (one, many)]
 np.testing.assert_allclose(*flow, atol=2e-6)
 print("ok")
 """

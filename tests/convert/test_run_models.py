@@ -16,6 +16,7 @@ from hfjax.models.umt5 import Umt5Config
 from hfjax.models.vae import VaeConfig
 from tests.convert.helpers import convert, flat, refused, same
 from tests.convert.test_runs import AVERAGE, FIRST, write
+from tests.helpers import shapes_of
 
 TEXT = Umt5Config(vocab=20, dim=12, dim_attn=8, dim_ffn=8, heads=2, layers=1)
 VAE = VaeConfig(
@@ -27,8 +28,7 @@ SMOOTH = dataclasses.replace(VAE, mean=(0.25, 1.0))
 
 def draw(init, config, seed):
   r = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-  return jax.tree.map(lambda x: r.normal(size=x.shape).astype(np.float32), shapes)
+  return jax.tree.map(lambda x: r.normal(size=x.shape).astype(np.float32), shapes_of(init, config))
 
 
 WORDS, WORDS_AVERAGE = (draw(umt5.init_params, TEXT, seed) for seed in (1, 2))

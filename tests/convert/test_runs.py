@@ -19,6 +19,7 @@ from hfjax.convert import CheckpointError, checkpoint, dit, runs
 from hfjax.models import wan
 from hfjax.training import lora
 from tests.convert.helpers import HYBRID, ROOT, convert, flat, refused, same
+from tests.helpers import shapes_of
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 MESH = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -35,7 +36,7 @@ NOTE = {
 def params(seed):
   """Weights that differ everywhere, without the cost of drawing them by JAX."""
   r = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: wan.init_params(HYBRID, jax.random.key(0)))
+  shapes = shapes_of(wan.init_params, HYBRID)
   return jax.tree.map(lambda x: r.normal(size=x.shape).astype(np.float32), shapes)
 
 

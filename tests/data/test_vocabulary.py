@@ -9,12 +9,16 @@ from hfjax.data.rejects import DataError
 from hfjax.text import EOS, PAD, Tokenizer
 
 VOCAB, ROWS = 320, 48
-PROMPTS = shapes.prompts("train", 4000, 0)
 
 
 @pytest.fixture(scope="module")
-def model():
-  return vocabulary.train(PROMPTS, VOCAB)
+def prompts():
+  return shapes.prompts("train", 4000, 0)
+
+
+@pytest.fixture(scope="module")
+def model(prompts):
+  return vocabulary.train(prompts, VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,8 @@ def test_special_ids_are_those_of_umt5(pieces):
   assert VOCAB // 2 < pieces.get_piece_size() <= VOCAB
 
 
-def test_every_word_is_a_piece(pieces):
-  told = {word.strip(",") for prompt in PROMPTS for word in prompt.split()}
+def test_every_word_is_a_piece(pieces, prompts):
+  told = {word.strip(",") for prompt in prompts for word in prompt.split()}
   assert set(shapes_words.WORDS) <= {part for word in told for part in word.split("-")}
   long = {word: row for word in told if len(row := pieces.encode(word, out_type=str)) > 1}
   assert long == {"mid-sized": ["▁mid", "-", "sized"]}
@@ -65,10 +69,10 @@ def test_unknown_words_are_told_apart_and_unknown_letters_are_not(tokenizer, pie
   assert 2 in tokenizer.split("a röd cirkel") and 2 in tokenizer.split("猫")
 
 
-def test_it_is_always_the_same(model):
-  assert vocabulary.train(PROMPTS, VOCAB) == model and b"tsv" not in model
+def test_it_is_always_the_same(model, prompts):
+  assert vocabulary.train(prompts, VOCAB) == model and b"tsv" not in model
 
 
-def test_too_few_pieces_are_refused():
+def test_too_few_pieces_are_refused(prompts):
   with pytest.raises(DataError, match="No tokenizer of 20 pieces can be made of the texts"):
-    vocabulary.train(PROMPTS[:20], 20)
+    vocabulary.train(prompts[:20], 20)

@@ -16,6 +16,7 @@ from hfjax.models.presets import WanConfig
 from hfjax.models.vae import VaeConfig
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.step import draw_noise
+from tests.helpers import shapes_of
 
 SIZES = {"dim": 8, "ffn_dim": 8, "heads": 1, "in_dim": 3, "out_dim": 3, "text_dim": 4,
          "text_len": 2, "freq_dim": 4, "patch": (1, 1)}  # fmt: skip
@@ -87,8 +88,8 @@ def first_of_clip(config, params, latents, chunks, chunk, last, dtype, decoded):
 def drawn_params(config, seed=0):
   """Parameters of a transformer, none of them as it is initialised; nothing is compiled."""
   draw = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: wan.init_params(config, jax.random.key(0)))
-  return jax.tree.map(lambda x: jnp.asarray(0.4 * draw.normal(size=x.shape), x.dtype), shapes)
+  leaf = lambda x: jnp.asarray(0.4 * draw.normal(size=x.shape), x.dtype)
+  return jax.tree.map(leaf, shapes_of(wan.init_params, config))
 
 
 def install(patch):

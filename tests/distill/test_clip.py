@@ -7,15 +7,17 @@ import pytest
 
 from hfjax.distill import clip
 from hfjax.models import vae
-from tests.helpers import compilations
+from tests.helpers import compilations, drawn_params
 
 CONFIG = vae.VaeConfig(
   dim=4, z_dim=3, mean=(0.5, -1.0, 0.25), std=(2.0, 0.5, 1.5), dim_mult=(1, 2, 2),
   num_res_blocks=1, temporal_downsample=(True, True),
 )  # fmt: skip
-PARAMS = vae.init_params(CONFIG, jax.random.key(0))
+PARAMS = drawn_params(vae.init_params, CONFIG)
 CHUNK, LAST, MOST = 2, 2, 5
 ALL = jax.random.normal(jax.random.key(1), (2, MOST * CHUNK, 2, 3, 3))
+
+decode, encode = (jax.jit(x, static_argnums=0) for x in (vae.decode, vae.encode))
 
 
 @jax.jit
@@ -28,8 +30,8 @@ def test_the_first_latent_is_the_frame_at_its_place_encoded_alone(chunks):
   frames = chunks * CHUNK
   latents = ALL.at[:, frames:].set(jnp.nan)  # nothing of it is read
   end = frames - LAST * CHUNK + 1
-  pixels = vae.decode(CONFIG, PARAMS, ALL[:, :end])
-  want = vae.encode(CONFIG, PARAMS, jnp.clip(pixels[:, -1:], -1, 1))
+  pixels = decode(CONFIG, PARAMS, ALL[:, :end])
+  want = encode(CONFIG, PARAMS, jnp.clip(pixels[:, -1:], -1, 1))
   np.testing.assert_allclose(first(latents, chunks), want, atol=1e-5)
 
 
@@ -40,8 +42,8 @@ def test_so_many_chunks_before_the_clip_are_decoded(decoded, begin):
   got = jax.jit(clip.first_of_clip, static_argnums=(0, 4, 5, 6, 7))(
     CONFIG, PARAMS, latents, MOST, CHUNK, LAST, jnp.float32, decoded
   )
-  pixels = vae.decode(CONFIG, PARAMS, ALL[:, begin:end])
-  want = vae.encode(CONFIG, PARAMS, jnp.clip(pixels[:, -1:], -1, 1))
+  pixels = decode(CONFIG, PARAMS, ALL[:, begin:end])
+  want = encode(CONFIG, PARAMS, jnp.clip(pixels[:, -1:], -1, 1))
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -62,7 +64,7 @@ def test_gradients_are_those_of_the_other_latents():
     one = clip.first_of_clip(CONFIG, PARAMS, latents, 4, CHUNK, LAST, jnp.float32)
     return clip.as_clip(latents[:, 4:8], one).sum()
 
-  got = np.asarray(jax.grad(total)(ALL))
+  got = np.asarray(jax.jit(jax.grad(total))(ALL))
   want = np.zeros_like(got)
   want[:, 5:8] = 1
   np.testing.assert_array_equal(got, want)

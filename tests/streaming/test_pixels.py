@@ -8,7 +8,7 @@ import pytest
 from hfjax.models import taehv, vae
 from hfjax.models.clips import to_uint8
 from hfjax.streaming.pixels import Autoencoder, FrameDecoder, from_bytes
-from tests.helpers import compilations
+from tests.helpers import compilations, drawn_params
 
 VAE = vae.VaeConfig(
   dim=4, z_dim=3, mean=(0.5, -1.0, 0.25), std=(2.0, 0.5, 1.5), dim_mult=(1, 2, 2),
@@ -22,8 +22,13 @@ TAEHV = taehv.TaehvConfig(
 def autoencoder(kind):
   config = {"vae": VAE, "taehv": TAEHV}[kind]
   network = {"vae": vae, "taehv": taehv}[kind]
-  params = network.init_params(config, jax.random.key(0))
+  params = drawn_params(network.init_params, config)
   return Autoencoder(kind, config, params, jnp.float32), network
+
+
+def whole(act, a, x):
+  """What a network makes of a clip at once, compiled."""
+  return jax.jit(act, static_argnums=0)(a.config, a.params, jnp.asarray(x))
 
 
 def latents(frames, batch=1):
@@ -40,7 +45,7 @@ def test_decoding_in_pieces_gives_the_frames_of_the_whole(kind, sizes):
     pieces.append(np.asarray(decoder(z[:, start : start + size])))
     start += size
   got = np.concatenate(pieces, axis=1)
-  want = np.asarray(network.decode(a.config, a.params, z))
+  want = np.asarray(whole(network.decode, a, z))
   want = np.round(np.clip(want.astype(np.float64), -1, 1) * 127.5 + 127.5)
   factor = a.config.space_factor
   assert got.dtype == np.uint8 and got.shape == (2, 25, 2 * factor, 3 * factor, 3)
@@ -81,7 +86,7 @@ def test_clips_of_any_length_are_encoded(kind, frames):
   pixels = longer.astype(np.float32) / 127.5 - 1
   if kind == "taehv":
     pixels = np.concatenate([np.repeat(pixels[:, :1], 3, axis=1), pixels], axis=1)
-  want = network.encode(a.config, a.params, jnp.asarray(pixels))
+  want = whole(network.encode, a, pixels)
   assert got.shape[1] == -(-(frames - 1) // 4) + 1
   np.testing.assert_allclose(got, want, atol=2e-5)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -47,8 +48,15 @@ FLOW = [
 
 
 @contextlib.contextmanager
-def small_programs(folder: Path):
-  """The model `random:small`, and updates that are traced and compiled once for all runs."""
+def small_programs(folder: Path | None = None):
+  """The model `random:small`, and updates that are traced and compiled once for all runs.
+
+  folder: of compiled programs; by default one that serves other modules and commands. It is of this
+  worker alone, as programs are not written at once, and a warning of a half one fails these tests.
+  """
+  if folder is None:
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    folder = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / f"runs-{worker}"
   made, make = {}, Stage.make
 
   def shared(plan, part):

@@ -89,9 +89,8 @@ class Decoder(nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("programs")
-  with small_programs(folder), one_device(), pytest.MonkeyPatch.context() as patch:
+def programs():
+  with small_programs(), one_device(), pytest.MonkeyPatch.context() as patch:
     patch.setitem(pipeline._SMALL, "vae", LINEAR)
     patch.setattr(vae, "Encoder", Encoder)
     patch.setattr(vae, "Decoder", Decoder)

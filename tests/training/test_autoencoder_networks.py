@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow  # compiling takes its time
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  with small_programs(tmp_path_factory.mktemp("programs")), pytest.MonkeyPatch.context() as patch:
+def programs():
+  with small_programs(), pytest.MonkeyPatch.context() as patch:
     patch.setitem(pipeline._SMALL, "vae", MINI)
     yield
 

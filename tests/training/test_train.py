@@ -40,8 +40,8 @@ ADAPTERS = "--config.lora.rank=2"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  with small_programs(tmp_path_factory.mktemp("programs")):
+def programs():
+  with small_programs():
     yield
 
 

@@ -23,8 +23,8 @@ TEXT = SMALL.text_len, SMALL.text_dim
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  with small_programs(tmp_path_factory.mktemp("programs")):
+def programs():
+  with small_programs():
     yield
 
 

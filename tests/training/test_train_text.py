@@ -60,9 +60,8 @@ def linear(model, params, x, t, context, **options):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("programs")
-  with small_programs(folder), one_device(), pytest.MonkeyPatch.context() as patch:
+def programs():
+  with small_programs(), one_device(), pytest.MonkeyPatch.context() as patch:
     patch.setitem(umt5.PRESETS, "small", TEXT)
     patch.setattr(wan, "predict_flow", linear)
     yield
