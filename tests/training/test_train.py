@@ -295,9 +295,11 @@ def test_what_cannot_work_is_refused_in_a_sentence(tmp_path, capsys, more, statu
 
 
 def test_data_of_another_shape_are_refused(tmp_path, capsys):
-  data = videos(tmp_path / "data", frames=3)
+  data = videos(tmp_path / "data", frames=1)
   assert flow(tmp_path / "run", data) == 1
-  assert "has the shape 3 x 4 x 6 x 4, and 2 x 4 x 6 x 4 is needed" in said(capsys)[-1]
+  assert "have 1 frames, and flow.frames is 2; give longer clips" in said(capsys)[-1]
+  assert flow(tmp_path / "run", data, "--config.geometry.width=8") == 1
+  assert "has the shape 1 x 4 x 6 x 4, and any x 4 x 8 x 4 is needed" in said(capsys)[-1]
 
 
 def test_another_config_is_refused_and_changes_nothing(whole, capsys):
