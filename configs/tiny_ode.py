@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
   c.batch = 64
   c.data.path = "data/trajectories"
   c.data.resident = True
-  c.data.prefetch = 4
   c.optimizer.kind = "muon"
   c.optimizer.rate = 2e-3
   c.optimizer.adam_share = 0.3

@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
   c.steps = 1500
   c.batch = 64
   c.data.path = "shapes"
-  c.data.made = 50_000
-  c.data.prefetch = 4
+  c.data.made = 20_000
+  c.data.resident = True
   c.distill.generator_every = 5
   c.distill.decoded = 2  # more of the past changes a frame hardly, and takes most of the time
   for optimizer, rate in ((c.optimizer, 5e-5), (c.critic_optimizer, 1e-4)):

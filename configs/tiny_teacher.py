@@ -21,7 +21,6 @@ def get_config() -> ConfigDict:
   c.batch = 96
   c.data.path = "data/clips"
   c.data.resident = True
-  c.data.prefetch = 4
   c.optimizer.kind = "muon"
   c.optimizer.rate = 4e-3
   c.optimizer.adam_share = 0.3

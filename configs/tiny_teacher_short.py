@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
   c.batch = 256
   c.data.path = "data/clips"
   c.data.resident = True
-  c.data.prefetch = 4
   c.optimizer.kind = "muon"
   c.optimizer.rate = 4e-3
   c.optimizer.adam_share = 0.3

@@ -1,7 +1,6 @@
 """Tests run on the processor, whatever the machine has, and draw the same examples every time."""
 
 import atexit
-import functools
 import gc
 import os
 import shutil
@@ -32,7 +31,7 @@ import hypothesis
 import jax
 import pytest
 
-from hfjax.convert.table import Table
+from hfjax.convert import dit, taehv, umt5, vae
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # The first example of a test compiles, so deadlines would measure the compiler.
@@ -42,31 +41,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("hfjax")
 
 
-SHAPES = {}
-
-
-def remember_shapes():
-  """Conversion traces a network for its shapes again and again, which is most of its work here."""
-  trace = Table.our_shapes.func
-
-  def our_shapes(table):
-    config = tuple(cell.cell_contents for cell in table.init.__closure__)
-    key = table.init.__code__, config
-    if key not in SHAPES:
-      SHAPES[key] = trace(table)
-    return dict(SHAPES[key])
-
-  Table.our_shapes = functools.cached_property(our_shapes)
-  Table.our_shapes.__set_name__(Table, "our_shapes")
-
-
-remember_shapes()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs_are_let_go():
   """A process may map only so much memory, and programs of all tests together are more."""
   yield
-  SHAPES.clear()  # a module may put other networks in place of hfjax's
+  for kind in (dit, taehv, umt5, vae):  # a module may put other networks in place of hfjax's
+    kind.table.cache_clear()
   jax.clear_caches()
   gc.collect()

@@ -1,5 +1,6 @@
 """The diffusion transformer: name table, and its architecture from a published configuration."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -110,6 +111,7 @@ DIFFUSERS: dict[str, str] = {
 }
 
 
+@functools.cache  # the network is traced for its shapes
 def table(config: WanConfig) -> Table:
   """The name table of an architecture."""
   rows = _ROWS

@@ -1,5 +1,6 @@
 """TAEHV: name table, and parameters from published tensors (spec section 13)."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,6 +56,7 @@ def _decoder(config: TaehvConfig) -> Iterator[Leaf]:
   yield from linear("decoder/conv_out", f"decoder.{at + 1}", _CONV)
 
 
+@functools.cache  # the network is traced for its shapes
 def table(config: TaehvConfig) -> Table:
   """The name table of an architecture; Diffusers has none."""
   return Table(

@@ -1,5 +1,6 @@
 """The UMT5 text encoder: name table, and its architecture from a published configuration."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,7 @@ TRANSFORMERS: dict[str, str] = {
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
+@functools.cache  # the network is traced for its shapes
 def table(config: Umt5Config) -> Table:
   """The name table of an architecture; its Diffusers names are those of Transformers."""
   return Table(

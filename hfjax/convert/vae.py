@@ -1,5 +1,6 @@
 """The Wan autoencoder: name table, and its architecture from a published configuration."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -95,6 +96,7 @@ def _half(config: VaeConfig, half: str) -> Iterator[_Module]:
     yield _Module("decoder/post_quant", "conv2", "post_quant_conv", "point")
 
 
+@functools.cache  # the network is traced for its shapes
 def table(config: VaeConfig) -> Table:
   """The name table of an architecture."""
   modules = (*_half(config, "encoder"), *_half(config, "decoder"))

@@ -21,24 +21,27 @@ _THREADS = 8
 class Resident:
   """The examples of a source, without arrays of one name, which every device has all of.
 
-  Arrays are kept in float16 if they were stored so, and else as they are. Damaged examples are
-  left out. rejects: of the source.
+  name: of the arrays; None where there are none, and `add` shall be called. They are kept in
+  float16 if they were stored so, and else as they are. Damaged examples are left out. rejects: of
+  the source.
 
   Raises DataError if no example can be read, or their shapes differ.
   """
 
-  def __init__(self, source: Source, name: str, mesh: Mesh):
+  def __init__(self, source: Source, name: str | None, mesh: Mesh):
     self.mesh = mesh
     self.rejects: Rejects = getattr(source, "rejects", None) or Rejects()
     half = getattr(source, "dtypes", {}).get(name) == "float16"
 
-    def read(i: int) -> tuple[dict[str, Any], np.ndarray] | None:
+    def read(i: int) -> tuple[dict[str, Any], np.ndarray | None] | None:
       try:
         example = dict(source[i])
       except DataError as e:
         if self.rejects.add(str(e), key=i):
           warnings.warn(f"{e} It is left out.", stacklevel=2)
         return None
+      if name is None:
+        return example, None
       x = example.pop(name)
       return example, x.astype(np.float16) if half else x
 
@@ -46,13 +49,15 @@ class Resident:
       found = [x for x in pool.map(read, range(len(source))) if x is not None]
     if not found:
       raise DataError(f"All examples are bad. {self.rejects.report()}")
-    shapes = {x.shape for _, x in found}
-    if len(shapes) > 1:
-      raise DataError(f"Arrays of {name} differ in shape; make the data anew.")
     self._examples = [example for example, _ in found]
     self._arrays: dict[str, Array] = {}
-    self.add(name, np.stack([x for _, x in found]))
-    self.nbytes = self._arrays[name].nbytes  # of these arrays
+    self.nbytes = 0  # of the arrays of that name
+    if name is not None:
+      arrays = [x for _, x in found if x is not None]
+      if len({x.shape for x in arrays}) > 1:
+        raise DataError(f"Arrays of {name} differ in shape; make the data anew.")
+      self.add(name, np.stack(arrays))
+      self.nbytes = self._arrays[name].nbytes
 
   def add(self, name: str, rows: np.ndarray):
     """Keeps other arrays too, one for each example."""

@@ -114,7 +114,7 @@ def default_config() -> ConfigDict:
   c.data.path = "data"
   c.data.on_bad = "skip"  # or fail
   c.data.prefetch = 2
-  c.data.resident = False  # whether all arrays are kept on the device
+  c.data.resident = False  # whether all arrays, or contexts of all prompts, are kept on the device
   c.data.made = 64  # examples, where they are made, or of the shapes world
   c.data.teacher_steps = 48  # of trajectories, where they are made
 

@@ -45,7 +45,7 @@ class Feed:
     source = _open(plan, encode, workdir, say, quiet)
     name = ARRAYS.get(plan.stage)
     self._opened = source
-    self.source = Resident(source, name, plan.mesh) if c.data.resident and name else source
+    self.source = Resident(source, name, plan.mesh) if c.data.resident else source
     self._say, self._cut = say, set[str]()
     where = {"process_index": jax.process_index(), "process_count": processes}
     if isinstance(self.source, Resident):
@@ -87,7 +87,7 @@ class Feed:
     return batch
 
   def _keep_texts(self, source: Resident):
-    """Keeps what prompts become, too, where that takes no more room than what is kept already."""
+    """Keeps what prompts become, too; beside arrays, where that takes no more room than they."""
     assert self.encode is not None
     student, examples = self.plan.student, [source[i] for i in range(len(source))]
     prompts = [x["prompt"] for x in examples]
@@ -101,7 +101,8 @@ class Feed:
       source.add("ids", ids)
       source.add("length", length)
       return
-    if len(prompts) * student.text_len * student.text_dim * 4 > source.nbytes:
+    room = len(prompts) * student.text_len * student.text_dim * 4
+    if self.plan.stage in ARRAYS and room > source.nbytes:
       return
     self._tell_of_long(prompts)
     n = self.plan.config.batch

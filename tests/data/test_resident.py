@@ -117,6 +117,24 @@ def test_contexts_of_what_is_kept_are_computed_once(tmp_path, monkeypatch):
   assert not asked
 
 
+def test_contexts_of_prompts_without_arrays_are_kept(tmp_path):
+  networks = [f"{x}.weights=random:small" for x in ("critic", "teacher")]
+  p = planned("stage=dmd", *networks, "batch=2", "data.resident=True", "data.made=5")
+  feed, want = Feed(p, weights.Encoder(p), tmp_path, print), stages.batch_shapes(p)
+  found = [feed() for _ in range(5)]
+  for batch in found:
+    assert jax.tree.structure(batch) == jax.tree.structure(want)
+    for a, like in zip(*map(jax.tree.leaves, (batch, want)), strict=True):
+      assert (a.shape, a.dtype, a.sharding) == (like.shape, like.dtype, like.sharding)
+  rows = np.concatenate([batch["texts"].context[0] for batch in found])
+  encode = weights.Encoder(p)
+  all_rows = np.concatenate([encode([x["prompt"]]) for x in feed._opened])
+  for epoch in rows[:5], rows[5:]:
+    near = np.abs(epoch[:, None] - all_rows).max(axis=(2, 3)).argmin(axis=1)
+    assert sorted(near) == list(range(5))
+    np.testing.assert_allclose(epoch, all_rows[near], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("resident", [False, True])
 def test_beginnings_of_longer_clips_are_taken(tmp_path, resident):
   folder = write(tmp_path / "data", context=True)
