@@ -4,15 +4,18 @@ Tokenizer; autoencoder, on short clips and then on long ones; latents of clips; 
 text encoder, on their beginnings and then on all of them; its trajectories; the student through
 `ode`, stage 1 and stage 2, by configs/tiny_*.py. The last is packed as hfjax/assets/tiny, and all
 are scored. The same command goes on where it was stopped, inside a stage too; --minutes stops it
-after a time, saving what there is. --smoke goes through all of it in minutes on a processor, with
-next to no training.
+after a time, saving what there is. With several --devices, training uses all of them, and so many
+--processes share encoding and trajectories. --smoke goes through all of it in minutes on a
+processor, with next to no training.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -84,6 +87,7 @@ class Chain:
       "encode_videos", "--weights", self.weights / "vae_long", "--shapes", 4 if few else CLIPS,
       "--frames", 21 if few else FRAMES, "--batch", 2 if few else 32, "--workers",
       1 if few else 4, "--dtype", "float32" if few else "bfloat16", "--out", self.work / "clips",
+      shared=True,
     )  # fmt: skip
 
   def teacher_short(self):
@@ -117,7 +121,7 @@ class Chain:
       4 if few else STEPS_OF_TEACHER, "--guidance", GUIDANCE, "--negative_prompt", "",
       "--shift", 3,
       "--batch", 2 if few else 100, "--dtype", "float32" if few else "bfloat16",
-      "--out", self.work / "trajectories",
+      "--out", self.work / "trajectories", shared=True,
     )  # fmt: skip
 
   def ode(self):
@@ -185,8 +189,6 @@ class Chain:
 
   def train(self, name: str, **settings: object):
     """Trains by configs/tiny_NAME.py, or goes on with it."""
-    from hfjax import train
-
     if (self.weights / name / "whole").exists():
       return
     if self.args.smoke:
@@ -195,10 +197,12 @@ class Chain:
     settings |= dict(x.split("=", 1) for x in own)
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     config = ROOT / "configs" / f"tiny_{name}.py"
-    self.run(
-      f"training {name}", train.main,
-      [f"--config={config}", f"--workdir={self.work / name}", *flags],
-    )  # fmt: skip
+    argv = [f"--config={config}", f"--workdir={self.work / name}", *flags]
+    if self.args.devices > 1:
+      act = functools.partial(_apart, ["-m", "hfjax.train"])
+    else:
+      from hfjax.train import main as act
+    self.run(f"training {name}", act, argv)
     # After SIGTERM, too, training ends well.
     left = _left(self.work / name)
     if left:
@@ -221,12 +225,18 @@ class Chain:
         shutil.copytree(self.weights / "teacher" / part, target / part)
     (target / "whole").touch()
 
-  def tool(self, name: str, *words: object):
-    """Runs a tool of this folder."""
-    module = __import__(name)
+  def tool(self, name: str, *words: object, shared: bool = False):
+    """Runs a tool of this folder; shared: its processes may share the work."""
     argv = [str(word) for word in words]
     argv += ["--quiet"] if self.args.quiet else []
-    self.run(name, module.main, argv)
+    devices, count = self.args.devices, self.args.processes if shared else 1
+    if devices == count == 1:
+      act = __import__(name).main
+    else:  # each in a process of its own, which leaves the device's memory to the next
+      act = functools.partial(
+        _apart, [str(ROOT / "tools" / f"{name}.py")], devices=devices, count=count
+      )
+    self.run(name, act, argv)
 
   def run(self, what: str, act: Callable[[list[str]], int], argv: list[str]):
     """Raises Stopped unless it ends well, and before the time is over."""
@@ -252,6 +262,31 @@ class Chain:
       raise Stopped(f"The time is over in {what}; the same command goes on.")
 
 
+def _apart(command: list[str], argv: list[str], devices: int = 0, count: int = 1) -> int:
+  """Runs Python in so many processes, spread over devices (0: each has all), until all have ended.
+
+  SIGTERM is passed on to them. Returns the first status that is not 0, if there is one.
+  """
+  children: list[subprocess.Popen] = []
+  before = signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+  try:
+    for i in range(count):
+      found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+      own = {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
+      if devices:
+        share = 0.9 * devices / max(count, devices)
+        own |= {
+          "CUDA_VISIBLE_DEVICES": str(i % devices), "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}"
+        }  # fmt: skip
+      more = ["--process", f"{i}/{count}"] if count > 1 else []
+      children.append(subprocess.Popen([sys.executable, *command, *argv, *more], env=own))
+    return next((status for status in [child.wait() for child in children] if status), 0)
+  finally:
+    for child in children:
+      child.terminate()
+    signal.signal(signal.SIGTERM, before)
+
+
 def _left(run: Path) -> int:
   """Steps that a run has not saved yet."""
   wanted = json.loads((run / "config.json").read_text())["steps"]
@@ -271,10 +306,16 @@ def main(argv: list[str] | None = None) -> int:
   flag("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
   flag("--set", nargs="*", default=[], metavar="STAGE.KEY=VALUE", help="changes a stage's config")
   flag("--minutes", type=float, default=0, help="after which it stops; 0 for no limit")
+  flag("--devices", type=int, default=1, metavar="N", help="GPUs of this machine")
+  flag("--processes", type=int, default=1, metavar="N", help="that share what can be shared")
   flag("--commit", help="to record in figures, where git is not there")
   flag("--smoke", action="store_true", help="all steps, hardly any training")
   flag("--quiet", action="store_true")
   args = parser.parse_args(argv)
+  if min(args.devices, args.processes) < 1:
+    parser.error(
+      f"There are {args.devices} devices and {args.processes} processes; give 1 or more of each."
+    )
   chain = Chain(args)
   try:
     for name in STEPS:

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import threading
+import time
 
 import make_tiny
 import numpy as np
@@ -71,3 +75,59 @@ def test_a_step_that_fails_or_has_no_time_left_is_told_of(tmp_path, capsys):
   assert "encode_videos ended with status 2; the same command goes on." in capsys.readouterr().err
   assert make_tiny.main([*argv, "--minutes", "1e-9"]) == 1
   assert "The time is over before encode_videos" in capsys.readouterr().err
+
+
+SPY = """
+import json, os, sys, time
+name = "-".join(sys.argv[2:]).replace("/", "of") or "alone"
+names = "CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+with open(os.path.join(sys.argv[1], name), "w") as file:
+  json.dump([os.environ.get(x) for x in names], file)
+import hfjax
+if "--slow" in sys.argv:
+  time.sleep(60)
+sys.exit(3 if sys.argv[-1] == "1/3" else 0)
+"""
+
+
+def test_processes_share_work_and_devices(tmp_path, monkeypatch):
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  monkeypatch.chdir(tmp_path)
+  spy, seen = tmp_path / "spy.py", tmp_path / "seen"
+  spy.write_text(SPY)
+  seen.mkdir()
+  assert make_tiny._apart([str(spy)], ["seen"]) == 0
+  assert make_tiny._apart([str(spy)], ["seen", "--one"], devices=2) == 0
+  assert make_tiny._apart([str(spy)], ["seen"], devices=2, count=3) == 3
+  assert {p.name: json.loads(p.read_text()) for p in seen.iterdir()} == {
+    "alone": [None, None],
+    "--one": ["0", "0.90"],
+    "--process-0of3": ["0", "0.60"],
+    "--process-1of3": ["1", "0.60"],
+    "--process-2of3": ["0", "0.60"],
+  }
+
+
+def test_processes_are_stopped_with_the_chain(tmp_path):
+  spy = tmp_path / "spy.py"
+  spy.write_text(SPY)
+  before = signal.getsignal(signal.SIGTERM)
+  timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
+  timer.start()
+  begin = time.monotonic()
+  assert make_tiny._apart([str(spy)], [str(tmp_path), "--slow"], devices=2, count=2) != 0
+  assert time.monotonic() - begin < 30
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_tool_that_fails_in_a_process_of_its_own_is_told_of(tmp_path, capfd):
+  argv = ["--smoke", "--quiet", "--work", str(tmp_path), "--only", "clips", "--devices", "2"]
+  assert make_tiny.main(argv) == 1
+  said = capfd.readouterr().err
+  assert "encode_videos: " in said and "vae_long is neither a file or folder" in said
+  assert said.splitlines()[-1].startswith("make_tiny: encode_videos ended with status 2")
+  for flags in (["--devices", "0"], ["--processes", "0"]):
+    with pytest.raises(SystemExit):
+      make_tiny.main(flags)
+    assert "give 1 or more of each." in capfd.readouterr().err
