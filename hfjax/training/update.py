@@ -103,11 +103,11 @@ def make_update(
 
   def update(part: Part, fixed, batch, key):
     grads, figures = gradients(part.params, fixed, batch, key)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(figures["loss"])
     changes, opt = optimizer.update(grads, part.opt, part.params)
     params = optax.apply_updates(part.params, changes)
-    finite &= jnp.isfinite(optax.global_norm(params))  # what an update makes of finite gradients
+    finite &= jnp.isfinite(optax.tree.norm(params))  # what an update makes of finite gradients
     updates = part.updates + 1
     ema = part.ema
     if average is not None:
@@ -121,13 +121,13 @@ def make_update(
     new = Part(params, opt, ema, updates, part.skipped + bad, jnp.where(bad, part.in_row + 1, 0))
     figures |= {
       "gradient_norm": norm,
-      "parameter_norm": optax.global_norm(params),
+      "parameter_norm": optax.tree.norm(params),
       "finite": finite,
       **{name: getattr(new, name) for name in COUNTS},
     }
     if average is not None:
       apart = jax.tree.map(lambda a, b: a - b, params, ema)
-      figures["ema_distance"] = optax.global_norm(apart)
+      figures["ema_distance"] = optax.tree.norm(apart)
     return new, figures
 
   where = parallel.shardings(mesh, like, smallest)
