@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -64,6 +64,10 @@ class Chain:
     self.args, self.work = args, Path(args.work)
     self.weights = self.work / "weights"
     self.end = time.monotonic() + 60 * args.minutes if args.minutes else None
+    # Several processes of a device: this one must not hold its memory.
+    self.apart = max(args.devices, args.processes) > 1
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    self.places = (seen if seen != [""] else [str(i) for i in range(args.devices)])[: args.devices]
 
   def tokenizer(self):
     target = self.weights / "tokenizer" / "spiece.model"
@@ -198,8 +202,10 @@ class Chain:
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     config = ROOT / "configs" / f"tiny_{name}.py"
     argv = [f"--config={config}", f"--workdir={self.work / name}", *flags]
-    if self.args.devices > 1:
-      act = functools.partial(_apart, ["-m", "hfjax.train"])
+    if self.apart:
+      # Autoencoders had gradients that were not finite on several GPUs (benchmarks/shapes).
+      place = self.places[0] if name.startswith("vae") else ",".join(self.places)
+      act = functools.partial(_apart, ["-m", "hfjax.train"], places=[place])
     else:
       from hfjax.train import main as act
     self.run(f"training {name}", act, argv)
@@ -229,13 +235,12 @@ class Chain:
     """Runs a tool of this folder; shared: its processes may share the work."""
     argv = [str(word) for word in words]
     argv += ["--quiet"] if self.args.quiet else []
-    devices, count = self.args.devices, self.args.processes if shared else 1
-    if devices == count == 1:
+    if self.apart:
+      count = self.args.processes if shared else 1
+      places = [self.places[i % len(self.places)] for i in range(count)]
+      act = functools.partial(_apart, [str(ROOT / "tools" / f"{name}.py")], places=places)
+    else:
       act = __import__(name).main
-    else:  # each in a process of its own, which leaves the device's memory to the next
-      act = functools.partial(
-        _apart, [str(ROOT / "tools" / f"{name}.py")], devices=devices, count=count
-      )
     self.run(name, act, argv)
 
   def run(self, what: str, act: Callable[[list[str]], int], argv: list[str]):
@@ -262,29 +267,40 @@ class Chain:
       raise Stopped(f"The time is over in {what}; the same command goes on.")
 
 
-def _apart(command: list[str], argv: list[str], devices: int = 0, count: int = 1) -> int:
-  """Runs Python in so many processes, spread over devices (0: each has all), until all have ended.
+def _apart(command: list[str], argv: list[str], places: Sequence[str]) -> int:
+  """Runs Python in processes until all have ended; the first status that is not 0, if there is one.
 
-  SIGTERM is passed on to them. Returns the first status that is not 0, if there is one.
+  places: of each process, the GPUs that it sees. Ctrl-C and SIGTERM are passed on to all.
   """
   children: list[subprocess.Popen] = []
-  before = signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+  asked: list[int] = []
+
+  def forward(number, _):
+    asked.append(number)
+    for child in children:
+      child.send_signal(number)
+
+  found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+  share = 0.9 / max(map(places.count, places))
+  own = {
+    **os.environ, "PYTHONPATH": os.pathsep.join(found),
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}",
+  }  # fmt: skip
+  before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
   try:
-    for i in range(count):
-      found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-      own = {**os.environ, "PYTHONPATH": os.pathsep.join(found)}
-      if devices:
-        share = 0.9 * devices / max(count, devices)
-        own |= {
-          "CUDA_VISIBLE_DEVICES": str(i % devices), "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}"
-        }  # fmt: skip
-      more = ["--process", f"{i}/{count}"] if count > 1 else []
-      children.append(subprocess.Popen([sys.executable, *command, *argv, *more], env=own))
+    for i, place in enumerate(places):
+      if asked:
+        break
+      more = ["--process", f"{i}/{len(places)}"] if len(places) > 1 else []
+      # In a session of its own a terminal's Ctrl-C does not come twice.
+      children.append(subprocess.Popen(
+        [sys.executable, *command, *argv, *more], env=own | {"CUDA_VISIBLE_DEVICES": place},
+        start_new_session=True,
+      ))  # fmt: skip
     return next((status for status in [child.wait() for child in children] if status), 0)
   finally:
-    for child in children:
-      child.terminate()
-    signal.signal(signal.SIGTERM, before)
+    for n, handler in before.items():
+      signal.signal(n, handler)
 
 
 def _left(run: Path) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import make_tiny
 import numpy as np
@@ -78,47 +79,91 @@ def test_a_step_that_fails_or_has_no_time_left_is_told_of(tmp_path, capsys):
 
 
 SPY = """
-import json, os, sys, time
+import json, os, signal, sys, time
 name = "-".join(sys.argv[2:]).replace("/", "of") or "alone"
+import hfjax
+
+def save(number, frame):
+  time.sleep(1)
+  with open(os.path.join(sys.argv[1], f"saved{number}-{name}"), "w"):
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
 names = "CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 with open(os.path.join(sys.argv[1], name), "w") as file:
   json.dump([os.environ.get(x) for x in names], file)
-import hfjax
 if "--slow" in sys.argv:
   time.sleep(60)
 sys.exit(3 if sys.argv[-1] == "1/3" else 0)
 """
 
 
-def test_processes_share_work_and_devices(tmp_path, monkeypatch):
-  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+@pytest.fixture
+def spy(tmp_path):
+  path = tmp_path / "spy.py"
+  path.write_text(SPY)
+  return [str(path)]
+
+
+def test_processes_share_work_and_devices(spy, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  spy, seen = tmp_path / "spy.py", tmp_path / "seen"
-  spy.write_text(SPY)
+  seen = tmp_path / "seen"
   seen.mkdir()
-  assert make_tiny._apart([str(spy)], ["seen"]) == 0
-  assert make_tiny._apart([str(spy)], ["seen", "--one"], devices=2) == 0
-  assert make_tiny._apart([str(spy)], ["seen"], devices=2, count=3) == 3
+  assert make_tiny._apart(spy, ["seen"], ["4,7"]) == 0
+  assert make_tiny._apart(spy, ["seen"], ["4", "7", "4"]) == 3
   assert {p.name: json.loads(p.read_text()) for p in seen.iterdir()} == {
-    "alone": [None, None],
-    "--one": ["0", "0.90"],
-    "--process-0of3": ["0", "0.60"],
-    "--process-1of3": ["1", "0.60"],
-    "--process-2of3": ["0", "0.60"],
+    "alone": ["4,7", "0.90"],
+    "--process-0of3": ["4", "0.45"],
+    "--process-1of3": ["7", "0.45"],
+    "--process-2of3": ["4", "0.45"],
   }
 
 
-def test_processes_are_stopped_with_the_chain(tmp_path):
-  spy = tmp_path / "spy.py"
-  spy.write_text(SPY)
-  before = signal.getsignal(signal.SIGTERM)
-  timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
-  timer.start()
-  begin = time.monotonic()
-  assert make_tiny._apart([str(spy)], [str(tmp_path), "--slow"], devices=2, count=2) != 0
-  assert time.monotonic() - begin < 30
-  assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_passed_on_once_and_children_save(spy, tmp_path, number):
+  before = signal.getsignal(number)
+
+  def ask():  # when both have begun
+    while len([p for p in tmp_path.iterdir() if p.name.startswith("--slow")]) < 2:
+      time.sleep(0.05)
+    os.kill(os.getpid(), number)
+
+  asks = threading.Thread(target=ask)
+  asks.start()
+  status = make_tiny._apart(spy, [str(tmp_path), "--slow"], ["0", "1"])
+  asks.join()
+  assert status == 128 + number and signal.getsignal(number) == before
+  assert sorted(p.name for p in tmp_path.glob("saved*")) == [
+    f"saved{int(number)}---slow---process-{i}of2" for i in range(2)
+  ]
+
+
+@pytest.mark.parametrize(
+  ("flags", "seen", "places"),
+  [
+    (["--devices", "2"], "", ["0", "1"]),
+    (["--devices", "2", "--processes", "3"], "3,5,6", ["3", "5", "3"]),
+    (["--processes", "2"], "6", ["6", "6"]),
+  ],
+)
+def test_who_runs_where(tmp_path, monkeypatch, capsys, flags, seen, places):
+  asked = []
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+  monkeypatch.setattr(
+    make_tiny, "_apart", lambda command, argv, places: asked.append((command[-1], places)) or 7
+  )
+  steps = ("clips", "vae", "ode", "trajectories", "pack")
+  for step in steps:
+    (tmp_path / "weights").mkdir(exist_ok=True)
+    assert make_tiny.main(["--smoke", "--work", str(tmp_path), "--only", step, *flags]) == 1
+    assert "ended with status 7; the same command goes on." in capsys.readouterr().err
+  shared = places if "--processes" in flags else places[:1]
+  every = ",".join(dict.fromkeys(places))
+  assert [x[1] for x in asked] == [shared, places[:1], [every], shared, places[:1]]
+  assert [Path(x[0]).stem for x in asked] == [
+    "encode_videos", "hfjax", "hfjax", "make_trajectories", "convert_checkpoint",
+  ]  # fmt: skip
 
 
 def test_a_tool_that_fails_in_a_process_of_its_own_is_told_of(tmp_path, capfd):
