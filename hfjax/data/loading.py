@@ -40,7 +40,7 @@ class Batches:
     """
     if "position" not in state:
       raise DataError("The state of the data has no position; give what get_state returned.")
-    for name in {**self._about, **state}.keys() - {"position"}:
+    for name in [*self._about, *sorted(state.keys() - self._about.keys() - {"position"})]:
       then, now = state.get(name), self._about.get(name)
       if then != now:
         raise DataError(
@@ -93,17 +93,22 @@ def batches(
   )
   data: Any = mine.to_iter_dataset(options)  # without what was left out
   about = {"examples": len(source), "seed": seed, "batch": batch, "process_count": process_count}
+  if (identity := getattr(source, "identity", None)) is not None:
+    about["data"] = identity
   return Batches(data.batch(batch, batch_fn=_stack), about)
 
 
 def indices(
   count: int, batch: int, seed: int, *, process_index: int = 0, process_count: int = 1
 ) -> Batches:
-  """As `batches`, of numbers of examples alone, int64 `[b]`, and faster; their order is another."""
+  """As `batches`, of numbers of examples alone, int64 `[b]`, and faster; their order is another.
+
+  Of a state that `batches` gave, set_state raises DataError, and the other way round.
+  """
   _check(count, batch, process_index, process_count)
   order = _Order(count, batch, seed, process_index, process_count)
   about = {"examples": count, "seed": seed, "batch": batch, "process_count": process_count}
-  return Batches(order, about | {"by": "index"})
+  return Batches(order, about | {"order": "permutations"})
 
 
 class _Order:

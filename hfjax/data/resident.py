@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from hfjax import parallel
 from hfjax.data.rejects import DataError, Rejects
@@ -22,20 +23,27 @@ class Resident:
   """The examples of a source, without arrays of one name, which every device has all of.
 
   name: of the arrays; None where there are none, and `add` shall be called. They are kept in
-  float16 if they were stored so, and else as they are. Damaged examples are left out. rejects: of
-  the source.
+  float16 if they were stored so, and else as they are. mesh: of the devices. prepare: what becomes
+  of an example first. Examples that are damaged, or cannot be prepared, are left out.
+  rejects: of the source. nbytes: of the arrays of that name.
 
   Raises DataError if no example can be read, or their shapes differ.
   """
 
-  def __init__(self, source: Source, name: str | None, mesh: Mesh):
+  def __init__(
+    self,
+    source: Source,
+    name: str | None,
+    mesh: Mesh,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+  ):
     self.mesh = mesh
     self.rejects: Rejects = getattr(source, "rejects", None) or Rejects()
     half = getattr(source, "dtypes", {}).get(name) == "float16"
 
     def read(i: int) -> tuple[dict[str, Any], np.ndarray | None] | None:
       try:
-        example = dict(source[i])
+        example = prepare(dict(source[i]))
       except DataError as e:
         if self.rejects.add(str(e), key=i):
           warnings.warn(f"{e} It is left out.", stacklevel=2)
@@ -51,7 +59,7 @@ class Resident:
       raise DataError(f"All examples are bad. {self.rejects.report()}")
     self._examples = [example for example, _ in found]
     self._arrays: dict[str, Array] = {}
-    self.nbytes = 0  # of the arrays of that name
+    self.nbytes = 0
     if name is not None:
       arrays = [x for _, x in found if x is not None]
       if len({x.shape for x in arrays}) > 1:
@@ -59,10 +67,17 @@ class Resident:
       self.add(name, np.stack(arrays))
       self.nbytes = self._arrays[name].nbytes
 
-  def add(self, name: str, rows: np.ndarray):
-    """Keeps other arrays too, one for each example."""
+  def add(self, name: str, rows: Shaped[np.ndarray, "n *d"]):
+    """Keeps other arrays too, one for each example, the same on every process."""
     where = parallel.replicated(self.mesh)
     self._arrays[name] = jax.make_array_from_process_local_data(where, np.asarray(rows))
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._arrays
+
+  def pop(self, name: str) -> list[np.ndarray]:
+    """Takes something out of all examples."""
+    return [example.pop(name) for example in self._examples]
 
   def __len__(self) -> int:
     return len(self._examples)

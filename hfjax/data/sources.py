@@ -116,7 +116,10 @@ class Stored:
 
 
 class Beginnings:
-  """A source whose arrays of one name are cut to their first frames; DataError on shorter ones."""
+  """A source whose arrays of one name are cut to their first frames; DataError on shorter ones.
+
+  rejects, shapes, dtypes: of the source, and with so many frames.
+  """
 
   def __init__(self, source: "Prompts | Stored", name: str, frames: int):
     self.source, self.name, self.frames = source, name, frames

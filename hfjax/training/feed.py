@@ -26,7 +26,7 @@ _KINDS = {
 
 
 class Feed:
-  """Batches without end, as `Stage.step` fetches them; see `hfjax.data.loading.batches`.
+  """Batches without end, as `Stage.step` fetches them; see `hfjax.data.loading`.
 
   rejected: examples that were left out so far.
   """
@@ -45,7 +45,10 @@ class Feed:
     source = _open(plan, encode, workdir, say, quiet)
     name = ARRAYS.get(plan.stage)
     self._opened = source
-    self.source = Resident(source, name, plan.mesh) if c.data.resident else source
+    self.source = source
+    if c.data.resident:
+      fill = functools.partial(loading.filled, text_len=plan.student.text_len)
+      self.source = Resident(source, name, plan.mesh, fill)
     self._say, self._cut = say, set[str]()
     where = {"process_index": jax.process_index(), "process_count": processes}
     if isinstance(self.source, Resident):
@@ -75,26 +78,25 @@ class Feed:
     return put(self.plan, {} if name is None else {name: raw[name]}, texts)
 
   def _fetched(self, source: Resident, index: np.ndarray) -> Batch:
-    """The batch of these examples."""
+    """The batch of these examples, `[b]`."""
     batch: Batch = source.fetch(index.reshape(self.plan.config.accumulate, -1))
     if "ids" in batch:
       return batch | {"texts": Tokens(batch.pop("ids"), batch.pop("length"), *self._negative)}
     if "context" in batch:
       return batch | {"texts": Texts(batch.pop("context"), *self._negative)}
     if self.plan.stage != "vae":
-      texts = self._texts({"prompt": [source[i]["prompt"] for i in index]})
+      examples = [source[i] for i in index]
+      raw: dict[str, Any] = {"prompt": [x["prompt"] for x in examples]}
+      if "context" in examples[0]:
+        raw["context"] = np.stack([x["context"] for x in examples])
+      texts = self._texts(raw)
       batch |= put(self.plan, {}, texts)
     return batch
 
   def _keep_texts(self, source: Resident):
     """Keeps what prompts become, too; beside arrays, where that takes no more room than they."""
     assert self.encode is not None
-    student, examples = self.plan.student, [source[i] for i in range(len(source))]
-    prompts = [x["prompt"] for x in examples]
-    if self.has_contexts:
-      rows = [loading.filled(x, student.text_len)["context"] for x in examples]
-      source.add("context", np.stack([self._checked(x) for x in rows]))
-      return
+    student, prompts = self.plan.student, [source[i]["prompt"] for i in range(len(source))]
     if isinstance(self.encode.encode, TrainedText):
       self._tell_of_long(prompts)
       ids, length = self.encode.encode.tokenizer(prompts)
@@ -103,6 +105,9 @@ class Feed:
       return
     room = len(prompts) * student.text_len * student.text_dim * 4
     if self.plan.stage in ARRAYS and room > source.nbytes:
+      return
+    if self.has_contexts:
+      source.add("context", self._checked(np.stack(source.pop("context"))))
       return
     self._tell_of_long(prompts)
     n = self.plan.config.batch
@@ -124,7 +129,7 @@ class Feed:
     return Texts(self._checked(context), *self._negative)
 
   def _checked(self, context: Any) -> Any:
-    """The same, if the student takes it."""
+    """The same `[... w]`, if the student takes it."""
     if context.shape[-1] != self.plan.student.text_dim:
       raise DataError(
         f"The contexts of the data are {context.shape[-1]} wide, and the student takes "
@@ -149,8 +154,9 @@ class Feed:
 
   @property
   def has_contexts(self) -> bool:
-    """Whether prompts of the data need no text encoder."""
-    return "context" in getattr(self._opened, "shapes", {})
+    """Whether batches need no text encoder."""
+    kept = isinstance(self.source, Resident) and "context" in self.source
+    return kept or "context" in getattr(self._opened, "shapes", {})
 
   @property
   def rejected(self) -> int:

@@ -28,6 +28,7 @@ from hfjax.training import autoencoder, lora, validation, weights
 from hfjax.training import config as configs
 from hfjax.training.checkpoints import CheckpointFailed, Checkpoints
 from hfjax.training.config import ConfigError
+from hfjax.training.defaults import default_config
 from hfjax.training.feed import Feed
 from hfjax.training.items import items_of, models_of, parts_of
 from hfjax.training.metrics import Metrics
@@ -277,7 +278,7 @@ class Run:
   def _measured(self) -> dict[str, Any]:
     """The autoencoder and its average, with statistics of what they make of the first clips.
 
-    Those of an encoder that stays do, too.
+    With decoder_only, the statistics of the autoencoder that training began with stay.
     """
     plan, c, found = self.plan, self.plan.config, {}
     names = ("vae", "vae_ema") if plan.average else ("vae",)
@@ -386,10 +387,13 @@ def _check_config(config: FrozenConfigDict, workdir: Path, note: Mapping[str, An
   before = (note or {}).get("config")
   if not isinstance(before, dict):
     return
+  # What a run of an earlier version could not set is what it is by default.
+  then, now, default = (configs.leaves(x) for x in (before, config, default_config()))
+  added = {key for key in now.keys() - then.keys() if now[key] == default.get(key)}
   changed = [
     key
     for key in configs.differences(before, config)
-    if key not in _FREE and key.partition(".")[0] not in _FREE_GROUPS
+    if key not in _FREE and key.partition(".")[0] not in _FREE_GROUPS and key not in added
   ]
   if changed:
     changed.sort(key=lambda key: key != "stage")

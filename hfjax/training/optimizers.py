@@ -47,11 +47,11 @@ class OptimizerConfig:
   """Adam or Muon, with decoupled weight decay on all parameters.
 
   rate: learning rate, the highest of its schedule. schedule: a name in `SCHEDULES`. warmup: updates
-  over which the rate rises from 0. b1, b2, eps: of Adam. decay: of weights, each update by this
-  times the rate. clip: largest norm of all gradients together; 0 does not clip. kind: "muon" moves
-  matrices in blocks of transformers along orthogonalised momentum, as far as Adam would (arXiv
-  2502.16982, section 2.2), and all else by Adam with Nesterov's momentum, at `adam_share` times the
-  rate.
+  over which the rate rises from 0. b1, b2: of Adam. eps: of both. decay: of weights, each update by
+  this times the rate that moves them. clip: largest norm of all gradients together; 0 does not
+  clip. kind: "muon" moves matrices in blocks of transformers along orthogonalised momentum, as far
+  as Adam would (arXiv 2502.16982, section 2.2), and all else by Adam with Nesterov's momentum, at
+  `adam_share` times the rate, which means nothing to "adam".
 
   Raises ValueError on values out of range.
   """

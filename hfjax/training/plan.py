@@ -196,10 +196,15 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
       "flow.train_text_encoder is set, which the stage flow knows without adapters only; leave it "
       "out, or set stage to flow and lora.rank to 0."
     )
-  if "muon" in (c.optimizer.kind, c.critic_optimizer.kind) and (c.stage == "vae" or c.lora.rank):
+  if c.optimizer.kind == "muon" and (c.stage == "vae" or c.lora.rank):
     raise ConfigError(
-      "An optimizer's kind is muon, which moves matrices of transformers, and an autoencoder or "
+      "optimizer.kind is muon, which moves matrices of transformers, and an autoencoder or "
       "adapters are to be trained; set it to adam."
+    )
+  if c.stage == "vae" and c.autoencoder.decoder_only and c.optimizer.decay:
+    raise ConfigError(
+      f"optimizer.decay is {c.optimizer.decay}, by which an encoder that shall stay would shrink "
+      "(autoencoder.decoder_only); set it to 0."
     )
   if c.batch % c.accumulate:
     raise ConfigError(

@@ -51,7 +51,7 @@ def _begin(plan: Plan, kind: str, weights: str, init: Any, config: Any, averaged
 
 
 def statistics(plan: Plan) -> VaeConfig | None:
-  """Of the latents of the autoencoder that training begins with; None of a random one."""
+  """The autoencoder that training begins with, with statistics of latents; None of a random one."""
   c = plan.config
   source = c.init or c.vae.weights
   if source.startswith(RANDOM):

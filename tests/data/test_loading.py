@@ -130,9 +130,9 @@ def test_numbers_go_on_from_a_state_and_from_none_of_other_data():
     resumed.set_state(state)
     assert [next(resumed).tolist() for _ in range(9 - done)] == want[done:]
   state = batches(Numbers(11), 4, 9, process_index=1, process_count=2).get_state()
-  with pytest.raises(DataError, match="saved with by=None, and now it is index"):
+  with pytest.raises(DataError, match="saved with order=None, and now it is permutations"):
     make().set_state(state)
-  with pytest.raises(DataError, match="saved with by=index, and now it is None"):
+  with pytest.raises(DataError, match="saved with order=permutations, and now it is None"):
     batches(Numbers(11), 4, 9, process_index=1, process_count=2).set_state(make().get_state())
   with pytest.raises(DataError, match="There are 11 examples, and a batch takes 12"):
     indices(11, 6, 0, process_count=2)

@@ -1,6 +1,7 @@
 """Arrays that stay on the device: the same examples as without."""
 
 import contextlib
+import dataclasses
 import math
 import warnings
 
@@ -80,7 +81,7 @@ def test_every_epoch_has_all_that_is_read(tmp_path, accumulate, context):
         for x, c in zip(*part, strict=True)
       ]
       epochs.append([sorted(map(tuple, rows[n : n + 6])) for n in (0, 6, 12)])
-    assert ours.has_contexts == theirs.has_contexts == context
+    assert theirs.has_contexts == context and ours.has_contexts  # which were kept
     # Where contexts are computed, they are so beside others.
     np.testing.assert_allclose(epochs[0], epochs[1], rtol=1e-5, atol=1e-6)
     # It goes on where it was left, but not where one of the other kind was.
@@ -115,6 +116,27 @@ def test_contexts_of_what_is_kept_are_computed_once(tmp_path, monkeypatch):
   for _ in range(4):
     kept()
   assert not asked
+
+
+def test_contexts_that_are_too_long_or_take_too_much_room(tmp_path, monkeypatch):
+  folder = write(tmp_path / "data", context=True)  # of 1 to 6 rows
+  given = f"data.path={folder}", "batch=2", "data.resident=True"
+  p = planned(*given)
+  short = dataclasses.replace(p, student=dataclasses.replace(p.student, text_len=5))
+  with pytest.warns(UserWarning, match="has 6 rows, and the model takes 5. It is left out."):
+    feed = Feed(short, weights.Encoder(p), tmp_path, print)
+  assert len(feed.source) == 5 and feed.rejected == 1
+  for nbytes, kept in ((2**30, True), (0, False)):
+    monkeypatch.setattr(
+      Resident, "nbytes", property(lambda self, n=nbytes: n, lambda *_: None), False
+    )
+    feed = Feed(p, weights.Encoder(p), tmp_path, print)
+    assert ("context" in feed.source) == kept and feed.has_contexts
+    rows = np.concatenate([feed()["texts"].context[0] for _ in range(3)])
+    want = np.zeros((6, p.student.text_len, 12))
+    for i in range(6):
+      want[i, : i + 1] = i
+    np.testing.assert_array_equal(sorted(rows.tolist()), sorted(want.tolist()))
 
 
 def test_contexts_of_prompts_without_arrays_are_kept(tmp_path):

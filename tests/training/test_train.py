@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 from hfjax import convert
 from hfjax.data.rejects import DataError
 from hfjax.models import wan
-from hfjax.training import lora, weights
+from hfjax.training import config, loop, lora, weights
 from hfjax.training.checkpoints import Checkpoints
+from hfjax.training.config import ConfigError
 from tests.helpers import files_at_most
 from tests.training.runs import (
   DECAY,
+  FLOW,
   RATE,
   SMALL,
   START,
@@ -283,6 +286,8 @@ def test_a_full_disk_at_the_end_is_the_exit_status(tmp_path, capsys):
     (["--config.ema.decay=1.5"], 2, "The average has a decay of 1.5"),
     (["--config.flow.forcing=teacher"], 2, "flow.frames is 2; give at least 1, and with teacher"),
     (["--config.geometry.variant=odd"], 2, "odd"),
+    (["--config.optimizer.kind=sgd"], 2, "no optimizer 'sgd'; choose one of adam, muon"),
+    (["--config.optimizer.kind=muon", "--config.lora.rank=2"], 2, "adapters are to be trained; s"),
     (["--config=nowhere.py"], 2, "nowhere.py is not there; give a config file"),
   ],
 )
@@ -300,6 +305,17 @@ def test_data_of_another_shape_are_refused(tmp_path, capsys):
   assert "have 1 frames, and flow.frames is 2; give longer clips" in said(capsys)[-1]
   assert flow(tmp_path / "run", data, "--config.geometry.width=8") == 1
   assert "has the shape 1 x 4 x 6 x 4, and any x 4 x 8 x 4 is needed" in said(capsys)[-1]
+
+
+def test_a_run_of_an_earlier_version_goes_on():
+  """Which had fewer values to set."""
+  now = config.parse([*FLOW, "--workdir=unused"]).config
+  before = now.to_dict()
+  del before["optimizer"]["kind"], before["autoencoder"]["decoder_only"]
+  loop._check_config(now, Path("w"), {"config": before})
+  other = config.parse([*FLOW, "--workdir=unused", "--config.optimizer.kind=muon"]).config
+  with pytest.raises(ConfigError, match="another config, which differs in optimizer.kind; go on"):
+    loop._check_config(other, Path("w"), {"config": before})
 
 
 def test_another_config_is_refused_and_changes_nothing(whole, capsys):

@@ -153,6 +153,28 @@ def test_batches_have_the_shapes_that_programs_are_made_for(options, tmp_path, a
     assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding == y.sharding
 
 
+@pytest.mark.parametrize("context", [None, 12])
+def test_tokens_of_what_is_kept_on_the_device_are_those_of_its_prompts(options, tmp_path, context):
+  """Whatever contexts another encoder made for the data."""
+  prompts = (*PROMPTS, "a blue blob moves to the left")
+  data = videos(tmp_path / "data", prompts=prompts, context=context)
+  p = planned(options, data, "--config.data.resident=True")
+  encoder = weights.Encoder(p)
+  feed, want = Feed(p, encoder, tmp_path, print), stages.batch_shapes(p)
+  found = [feed() for _ in range(2)]
+  for batch in found:
+    assert jax.tree.structure(batch) == jax.tree.structure(want)
+    for x, y in zip(*map(jax.tree.leaves, (batch, want)), strict=True):
+      assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding == y.sharding
+    for latents, ids, length in zip(
+      batch["latents"][0], batch["texts"].ids[0], batch["texts"].length[0], strict=True
+    ):
+      own = encoder.encode.tokenizer([prompts[round(float(latents[0, 0, 0, 0]) * 8)]])
+      np.testing.assert_array_equal(ids, own.ids[0])
+      assert length == own.length[0]
+  assert len({float(x[0, 0, 0, 0]) for batch in found for x in batch["latents"][0]}) == 4
+
+
 def test_gradients_reach_the_text_encoder(whole, held):
   start = named(text_of(held[1]))  # as the rate of the first step is zero
   for name, x in start.items():
