@@ -135,6 +135,17 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam():
     np.testing.assert_allclose(changes[name], -0.03 * np.sign(grads[name]), rtol=1e-4, err_msg=name)
 
 
+def test_with_muon_weights_decay_by_the_rates_that_move_them():
+  config = OptimizerConfig(0.1, decay=0.5, kind="muon", adam_share=0.3)
+  params = {"blocks": {"ffn_in": {"kernel": jnp.full((2, 3, 4), 2.0), "bias": jnp.ones((2, 4))}}}
+  optimizer = config.make(10)
+  still = jax.tree.map(jnp.zeros_like, params)
+  changes, _ = optimizer.update(still, optimizer.init(params), params)
+  layer = changes["blocks"]["ffn_in"]
+  np.testing.assert_allclose(layer["kernel"], -0.1 * 0.5 * 2.0, rtol=1e-6)
+  np.testing.assert_allclose(layer["bias"], -0.1 * 0.3 * 0.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
