@@ -254,6 +254,12 @@ def test_a_dry_run_tells_its_size(tmp_path, capsys, monkeypatch):
     (["lora.rank=2"], 2, "set lora.rank to 0"),
     (["autoencoder.frames=4"], 2, "clips of 4 frames; give 1 and a multiple of 2, at least 3"),
     (["autoencoder.kl=-1.0"], 2, "are -1.0, 1.0 and 1.0; give at least 0"),
+    (["optimizer.kind=muon"], 2, "optimizer.kind is muon, which moves matrices of transformers"),
+    (
+      ["autoencoder.decoder_only=true", "optimizer.decay=0.01"],
+      2,
+      "optimizer.decay is 0.01, by which an encoder that shall stay would shrink",
+    ),
     (["vae.weights=/nowhere"], 1, "/nowhere"),
     (["student.weights=random:tiny"], 2, "latents of 16 channels, and the autoencoder"),
     (["data.path=shapes"], 1, "Clips of the shapes world are 128 pixels wide and high; set geom"),
