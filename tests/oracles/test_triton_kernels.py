@@ -94,7 +94,9 @@ def check(problem, inputs, seed=3):
   tolerance = TOLERANCE[str(inputs.q.dtype)]
   empty = np.isneginf(lse)
   np.testing.assert_array_equal(np.isneginf(got_lse), empty)
-  np.testing.assert_allclose(np.where(empty, 0, got_lse), np.where(empty, 0, lse), 0, 2e-6)
+  # Four roundings of scores as large as these; how many there are depends on the processor.
+  got_lse, lse = np.where(empty, 0, got_lse), np.where(empty, 0, lse)
+  np.testing.assert_allclose(got_lse, lse, 4 * np.finfo(np.float32).eps, 1e-6)
   assert not np.asarray(got.astype(jnp.float32))[empty.swapaxes(1, 2)].any()
   compare(got, out, tolerance)
   for name, want in grads._asdict().items():
