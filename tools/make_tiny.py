@@ -297,7 +297,9 @@ def _apart(command: list[str], argv: list[str], places: Sequence[str]) -> int:
         [sys.executable, *command, *argv, *more], env=own | {"CUDA_VISIBLE_DEVICES": place},
         start_new_session=True,
       ))  # fmt: skip
-    return next((status for status in [child.wait() for child in children] if status), 0)
+    status = next((x for x in [child.wait() for child in children] if x), 0)
+    # Those that were not begun any more have not done their share.
+    return status or (128 + asked[0] if len(children) < len(places) else 0)
   finally:
     for n, handler in before.items():
       signal.signal(n, handler)
@@ -333,6 +335,11 @@ def main(argv: list[str] | None = None) -> int:
       f"There are {args.devices} devices and {args.processes} processes; give 1 or more of each."
     )
   chain = Chain(args)
+  if len(chain.places) < args.devices:
+    parser.error(
+      f"{args.devices} devices are asked for, and CUDA_VISIBLE_DEVICES names {len(chain.places)}; "
+      "give as many."
+    )
   try:
     for name in STEPS:
       if name in args.only:

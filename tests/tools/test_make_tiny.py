@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -139,6 +140,17 @@ def test_signals_are_passed_on_once_and_children_save(spy, tmp_path, number):
   ]
 
 
+def test_processes_that_were_not_begun_any_more_are_no_success(spy, tmp_path, monkeypatch):
+  begin = subprocess.Popen
+
+  def begin_and_ask(*args, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return begin([*args[0][:1], "-c", "pass"], **options)
+
+  monkeypatch.setattr(subprocess, "Popen", begin_and_ask)
+  assert make_tiny._apart(spy, [str(tmp_path)], ["0", "1"]) == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize(
   ("flags", "seen", "places"),
   [
@@ -166,13 +178,21 @@ def test_who_runs_where(tmp_path, monkeypatch, capsys, flags, seen, places):
   ]  # fmt: skip
 
 
-def test_a_tool_that_fails_in_a_process_of_its_own_is_told_of(tmp_path, capfd):
+def test_a_tool_that_fails_in_a_process_of_its_own_is_told_of(tmp_path, capfd, monkeypatch):
   argv = ["--smoke", "--quiet", "--work", str(tmp_path), "--only", "clips", "--devices", "2"]
   assert make_tiny.main(argv) == 1
   said = capfd.readouterr().err
   assert "encode_videos: " in said and "vae_long is neither a file or folder" in said
   assert said.splitlines()[-1].startswith("make_tiny: encode_videos ended with status 2")
-  for flags in (["--devices", "0"], ["--processes", "0"]):
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+  for flags, words in (
+    (["--devices", "0"], "give 1 or more of each."),
+    (["--processes", "0"], "give 1 or more of each."),
+    (
+      ["--devices", "2"],
+      "2 devices are asked for, and CUDA_VISIBLE_DEVICES names 1; give as many.",
+    ),
+  ):
     with pytest.raises(SystemExit):
       make_tiny.main(flags)
-    assert "give 1 or more of each." in capfd.readouterr().err
+    assert words in " ".join(capfd.readouterr().err.split())
