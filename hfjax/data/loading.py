@@ -99,16 +99,26 @@ def batches(
 
 
 def indices(
-  count: int, batch: int, seed: int, *, process_index: int = 0, process_count: int = 1
+  count: int,
+  batch: int,
+  seed: int,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+  identity: str | None = None,
 ) -> Batches:
   """As `batches`, of numbers of examples alone, int64 `[b]`, and faster; their order is another.
 
+  identity: of the examples, if they have one; states of others are refused.
   Of a state that `batches` gave, set_state raises DataError, and the other way round.
   """
   _check(count, batch, process_index, process_count)
   order = _Order(count, batch, seed, process_index, process_count)
-  about = {"examples": count, "seed": seed, "batch": batch, "process_count": process_count}
-  return Batches(order, about | {"order": "permutations"})
+  about: dict[str, Any] = {
+    "examples": count, "seed": seed, "batch": batch, "process_count": process_count
+  }  # fmt: skip
+  about |= {"order": "permutations"} | ({} if identity is None else {"data": identity})
+  return Batches(order, about)
 
 
 class _Order:

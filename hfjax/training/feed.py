@@ -52,7 +52,10 @@ class Feed:
     self._say, self._cut = say, set[str]()
     where = {"process_index": jax.process_index(), "process_count": processes}
     if isinstance(self.source, Resident):
-      self._batches = loading.indices(len(self.source), c.batch // processes, c.seed, **where)
+      self._batches = loading.indices(
+        len(self.source), c.batch // processes, c.seed,
+        identity=getattr(source, "identity", None), **where,
+      )  # fmt: skip
     else:
       self._batches = loading.batches(
         self.source, c.batch // processes, c.seed, prefetch=c.data.prefetch,

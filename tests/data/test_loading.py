@@ -134,6 +134,8 @@ def test_numbers_go_on_from_a_state_and_from_none_of_other_data():
     make().set_state(state)
   with pytest.raises(DataError, match="saved with order=permutations, and now it is None"):
     batches(Numbers(11), 4, 9, process_index=1, process_count=2).set_state(make().get_state())
+  with pytest.raises(DataError, match="saved with data=a, and now it is b"):
+    indices(8, 2, 0, identity="b").set_state(indices(8, 2, 0, identity="a").get_state())
   with pytest.raises(DataError, match="There are 11 examples, and a batch takes 12"):
     indices(11, 6, 0, process_count=2)
 
