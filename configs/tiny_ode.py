@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
   c.batch = 64
   c.data.path = "data/trajectories"
   c.data.resident = True
+  c.compute.remat = False
+  c.compute.unroll = 6  # all of them
   c.optimizer.kind = "muon"
   c.optimizer.rate = 2e-3
   c.optimizer.adam_share = 0.3

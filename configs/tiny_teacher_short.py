@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
   c.batch = 256
   c.data.path = "data/clips"
   c.data.resident = True
+  c.compute.remat = False
+  c.compute.unroll = 6  # all of them
   c.optimizer.kind = "muon"
   c.optimizer.rate = 4e-3
   c.optimizer.adam_share = 0.3

@@ -49,7 +49,7 @@ _SMOKE |= {
 _SMOKE_ALL = {
   "steps": 2, "batch": 2, "validation.every": 0, "log.every": 1, "compute.dtype": "float32",
   "ema.start": 0, "ema.decay": 0.5, "optimizer.rate": 1e-4, "optimizer.schedule": "constant",
-  "optimizer.warmup": 0,
+  "optimizer.warmup": 0, "compute.unroll": 1,
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
   """An iterator over frames of a batch of videos."""
   size = (shapes.SIZE, shapes.SIZE)
   if args.steps:
-    solver = MultistepSolver("unipc", args.steps, PRESET.shift)
+    solver = MultistepSolver("unipc", args.steps, args.shift)
     return WholeClip(
       model, prompts, size=size, frames=args.frames, solver=solver, guidance=args.guidance,
       negative_prompt="", seed=seed, dtype=args.dtype,
@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
   flag("--truth", action="store_true", help="score true clips, by which the judge is measured")
   flag("--steps", type=int, default=0, help="of a bidirectional transformer's solver")
   flag("--guidance", type=float, default=3.0, help="of a bidirectional transformer")
+  flag("--shift", type=float, default=PRESET.shift, help="of times of a bidirectional transformer")
   flag("--window", type=int, default=0, help="of a stream; else the model's")
   flag("--sink", type=int, default=1)
   flag("--ratio", type=float, default=1.0)

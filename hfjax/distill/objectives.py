@@ -58,7 +58,8 @@ class Distillation:
   reflow_steps, reflow_stop, reflow_guidance: of the trajectory: Euler steps, those that are taken
     before the result is extrapolated (all by default), and `u + s (c - u)` of its flow.
   reflow_always: reflow trains the first step of every rollout, and else of those that end there.
-  dtype, remat: compute dtype of critic and teacher, and whether blocks are recomputed backwards.
+  dtype, remat, unroll: of critic and teacher: compute dtype, whether blocks are recomputed
+    backwards, and how many of them a step of the loop over them holds.
 
   Quirks of the published code, for parity: renoise_first False (5), noisy_context (12),
   score_shift, the shift of schedules by which critic and teacher turn flows into latents (11).
@@ -85,6 +86,7 @@ class Distillation:
   reflow_always: bool = False
   dtype: str = "float32"
   remat: bool = True
+  unroll: int = 1
   decoded: int = 0
   renoise_first: bool = True
   noisy_context: bool = False
@@ -267,8 +269,9 @@ class Distillation:
 
   def _flow(self, config, params, x, t, context):
     return wan.predict_flow(
-      config, params, x, t, context, dtype=jnp.dtype(self.dtype), remat=self.remat
-    )
+      config, params, x, t, context, dtype=jnp.dtype(self.dtype), remat=self.remat,
+      unroll=self.unroll,
+    )  # fmt: skip
 
   def both_flows(self, config, params, x, t, texts: Texts):
     """Flows under the prompts and under the negative one, by one forward of twice the batch.
@@ -322,10 +325,12 @@ class Regression:
   stream: of the student, whose model, chunk, denoising steps and dtype are used; attention is dense
     and causal over all frames.
   first_clean: the first frame is given, clean and a chunk of its own (image conditioning).
+  unroll: blocks that a step of the loop over them holds.
   """
 
   stream: StreamConfig
   first_clean: bool = False
+  unroll: int = 1
 
   def loss(
     self, params: Any, trajectory: Float[Array, "b s f y x c"], texts: Texts, key: PRNGKeyArray
@@ -351,8 +356,9 @@ class Regression:
     t = jnp.asarray((*c.timesteps, 0.0), jnp.float32)[index]
     plan = causal.block_causal(frames, c.geometry.chunk, first_alone=self.first_clean)
     flow = wan.predict_flow(
-      c.model, params, x, t, texts.context, plan=plan, dtype=c.compute_dtype, remat=c.remat
-    )
+      c.model, params, x, t, texts.context, plan=plan, dtype=c.compute_dtype, remat=c.remat,
+      unroll=self.unroll,
+    )  # fmt: skip
     sigma = jnp.asarray(c.sigmas, jnp.float32)[index].reshape(b, frames, 1, 1, 1)
     predicted = x - sigma * flow
     counts = (index < steps).reshape(sigma.shape)
@@ -389,7 +395,8 @@ class FlowMatching:
   forcing: "teacher" trains a causal model in chunks, each of which sees the clean ones before it
     and has a timestep of its own.
   chunk: frames of a chunk, with forcing. context_noise: clean ones are noised up to this timestep.
-  dtype, remat: compute dtype, and whether blocks are recomputed in the backward pass.
+  dtype, remat, unroll: compute dtype, whether blocks are recomputed in the backward pass, and how
+    many of them a step of the loop over them holds.
 
   Raises ValueError on values out of range.
   """
@@ -403,6 +410,7 @@ class FlowMatching:
   context_noise: float = 0.0
   dtype: str = "float32"
   remat: bool = True
+  unroll: int = 1
 
   def __post_init__(self):
     if self.forcing not in FORCINGS:
@@ -444,8 +452,9 @@ class FlowMatching:
         options |= {"clean": (1 - share) * latents + share * noise, "clean_t": clean_t}
     x = table.add_noise(latents, noise, t)
     flow = wan.predict_flow(
-      self.model, params, x, t, context, dtype=jnp.dtype(self.dtype), remat=self.remat, **options
-    )
+      self.model, params, x, t, context, dtype=jnp.dtype(self.dtype), remat=self.remat,
+      unroll=self.unroll, **options,
+    )  # fmt: skip
     weight = table.training_weight(t) if self.weighted else None
     loss = losses.denoising_loss(flow, latents, noise, weight)
     return loss, {"unweighted_loss": losses.denoising_loss(flow, latents, noise)}

@@ -28,6 +28,8 @@ class Wan(nn.Module):
 
   collect: also return every layer's keys and values, stacked over layers.
   remat: recompute each block in the backward pass instead of keeping its activations.
+  unroll: blocks that a step of the loop over them holds; more take longer to compile, and small
+    ones are faster if all stand in one program.
   """
 
   config: WanConfig
@@ -35,6 +37,7 @@ class Wan(nn.Module):
   dtype: Any = jnp.float32
   collect: bool = False
   remat: bool = False
+  unroll: int = 1
 
   @nn.compact
   def __call__(
@@ -80,6 +83,7 @@ class Wan(nn.Module):
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast),
       length=c.layers,
+      unroll=self.unroll,
     )
     x, kv = stack(c, self.attend, self.dtype, self.collect, name="blocks")(
       x, layers.LayerInputs(past, text), inputs
@@ -219,6 +223,7 @@ def predict_flow(
   image: Float[Array, "b i v"] | None = None,
   dtype=jnp.float32,
   remat: bool = False,
+  unroll: int = 1,
 ) -> Float[Array, "b f y x c"]:
   """Flow of whole clips: bidirectional by default, causal with a plan of `models.causal`.
 
@@ -260,7 +265,7 @@ def predict_flow(
     check_plan(plan, positions.shape[1])
   shared = rope.grid_rotation(positions, grid, config.head_dim)
   attend = ClipAttention() if plan is None else ClipAttention(positions.shape[1], plan)
-  model = Wan(config, attend, dtype, remat=remat)
+  model = Wan(config, attend, dtype, remat=remat, unroll=unroll)
   return model.apply({"params": params}, x, t, shared, context=context, image=image, drop=drop)[0]
 
 

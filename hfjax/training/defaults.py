@@ -121,6 +121,7 @@ def default_config() -> ConfigDict:
   c.compute = ConfigDict()
   c.compute.dtype = "bfloat16"
   c.compute.remat = True
+  c.compute.unroll = 1  # blocks in a step of the loop over them, where whole clips are seen
   c.compute.fsdp = -1  # devices that share a set of parameters; -1 for all
   c.compute.backend = "auto"  # of block-sparse attention
 

@@ -206,6 +206,8 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
       f"optimizer.decay is {c.optimizer.decay}, by which an encoder that shall stay would shrink "
       "(autoencoder.decoder_only); set it to 0."
     )
+  if c.compute.unroll < 1:
+    raise ConfigError(f"compute.unroll is {c.compute.unroll}; it must be at least 1.")
   if c.batch % c.accumulate:
     raise ConfigError(
       f"A batch of {c.batch} does not divide into {c.accumulate} parts; make batch a multiple of "
@@ -247,7 +249,7 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
       common["text"] = text_architecture(c.text.weights, student)
     objective: Any = FlowMatching(
       student, f.shift, f.weighted, f.drop_text, f.forcing, g.chunk, f.context_noise,
-      c.compute.dtype, c.compute.remat,
+      c.compute.dtype, c.compute.remat, c.compute.unroll,
     )  # fmt: skip
     if f.frames < 1 or (f.forcing != "none" and f.frames % g.chunk):
       raise ConfigError(
@@ -264,7 +266,9 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
       )
     teacher = architecture(c.teacher.weights, "teacher.weights") if c.data.path == "made" else None
     return _checked(
-      Plan(objective=Regression(stream, c.ode.first_clean), teacher=teacher, **common)
+      Plan(
+        objective=Regression(stream, c.ode.first_clean, c.compute.unroll), teacher=teacher, **common
+      )
     )
   critic = architecture(c.critic.weights, "critic.weights")
   teacher = architecture(c.teacher.weights, "teacher.weights")
@@ -277,7 +281,7 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
     )
   objective = Distillation(
     stream, dataclasses.replace(critic, linear=False), dataclasses.replace(teacher, linear=False),
-    autoencoder, dtype=c.compute.dtype, remat=c.compute.remat, **options,
+    autoencoder, dtype=c.compute.dtype, remat=c.compute.remat, unroll=c.compute.unroll, **options,
   )  # fmt: skip
   return _checked(Plan(
     objective=objective, critic=objective.critic, teacher=objective.teacher,

@@ -196,9 +196,10 @@ def test_networks_compute_in_the_dtype_that_was_asked_for(monkeypatch):
     return stand_ins.predict_flow(config, params, x, t, context)
 
   monkeypatch.setattr(objectives.wan, "predict_flow", flow)
-  o = dataclasses.replace(PLAIN, dtype="bfloat16", remat=False)
+  o = dataclasses.replace(PLAIN, dtype="bfloat16", remat=False, unroll=2)
   jax.eval_shape(o.generator_loss, STUDENT, CRITIC_, FROZEN, texts(), jax.random.key(0))
-  assert seen == [(c, {"dtype": jnp.bfloat16, "remat": False}) for c in (CRITIC, TEACHER)]
+  options = {"dtype": jnp.bfloat16, "remat": False, "unroll": 2}
+  assert seen == [(c, options) for c in (CRITIC, TEACHER)]
 
 
 @pytest.mark.parametrize(

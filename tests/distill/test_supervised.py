@@ -69,6 +69,7 @@ def test_regression_is_to_the_end_of_the_trajectory(calls, batch, first_clean):
   chunks = [(0, 1), (1, 3)] if first_clean else [(0, 2), (2, 4)]
   assert options == {
     "plan": tuple((span, ((0, span[1]),)) for span in chunks), "dtype": jnp.float32, "remat": False,
+    "unroll": 1,
   }  # fmt: skip
   for start, stop in chunks:
     assert np.all(taken[:, start:stop] == taken[:, start:start + 1])  # fmt: skip
@@ -132,9 +133,9 @@ def test_flow_matching_is_the_distance_to_noise_minus_image(calls, forcing, weig
   want = (per_frame(bell(t)) * error).mean() if weighted else error.mean()
   np.testing.assert_allclose(loss, want, rtol=1e-4)
   if forcing == "none":
-    assert t.shape == (3,) and set(options) == {"dtype", "remat"}
+    assert t.shape == (3,) and set(options) == {"dtype", "remat", "unroll"}
   else:
-    assert t.shape == (3, 6) and set(options) == {"plan", "clean", "dtype", "remat"}
+    assert t.shape == (3, 6) and set(options) == {"plan", "clean", "dtype", "remat", "unroll"}
     np.testing.assert_array_equal(t[:, ::2], t[:, 1::2])
     assert len(np.unique(t)) == 9  # each chunk of each sample has its own
     np.testing.assert_array_equal(options["clean"], latents)

@@ -100,6 +100,18 @@ def test_recomputing_blocks_changes_no_gradient():
   assert "remat" in text or "checkpoint" in text
 
 
+def test_blocks_in_one_step_of_the_loop_are_the_same_blocks():
+  def loss(params, unroll):
+    return (wan.predict_flow(MODEL, params, X, T, TEXT, unroll=unroll) ** 2).sum()
+
+  once, all_ = (jax.jit(jax.value_and_grad(lambda p, n=n: loss(p, n)))(PARAMS) for n in (1, 2))
+  np.testing.assert_allclose(once[0], all_[0], rtol=1e-5)
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(once[1]))
+  assert_trees_close(once[1], all_[1], 1e-6 * scale)
+  lines = [str(jax.make_jaxpr(lambda p, n=n: loss(p, n))(PARAMS)) for n in (1, 2)]
+  assert ["unroll=2" in x for x in lines] == [False, True]
+
+
 def test_half_precision_compute_keeps_float32_parameters():
   flow = forward(dtype=jnp.bfloat16)
   assert flow.dtype == jnp.float32

@@ -275,6 +275,7 @@ def test_a_full_disk_at_the_end_is_the_exit_status(tmp_path, capsys):
     (["--config.batch=4", "--config.accumulate=3"], 2, "does not divide into 3 parts"),
     (["--config.compute.fsdp=3"], 2, "2 devices do not divide into groups of 3"),
     (["--config.steps=0"], 2, "steps is 0; it must be at least 1."),
+    (["--config.compute.unroll=0"], 2, "compute.unroll is 0; it must be at least 1."),
     (["--config.student.weights=nowhere/at-all/x"], 1, "nowhere"),
     (["--config.student.weights=random:huge"], 1, "There is no model 'huge'"),
     (["--config.text.weights=random:tiny"], 1, "the student takes 12; bring the two that were"),
