@@ -138,6 +138,29 @@ def rms_norm(eps: float, name: str) -> nn.RMSNorm:
   return nn.RMSNorm(eps, dtype=jnp.float32, name=name)
 
 
+@jax.custom_vjp
+def _rows(table: Float[Array, "n h"], index: Int[Array, "q k"]) -> Float[Array, "q k h"]:
+  """Rows of a table, with a gradient that is summed in the same order on every device.
+
+  Of `table[index]` it would be added up atomically, on each of several devices that hold the same
+  table, and their copies of it would drift apart.
+  """
+  return table[index]
+
+
+def _rows_forward(table, index):
+  return table[index], (len(table), index)
+
+
+def _rows_backward(kept, gradient):
+  rows, index = kept
+  chosen = (index[..., None] == jnp.arange(rows)).astype(gradient.dtype)
+  return jnp.einsum("qkn,qkh->nh", chosen, gradient, precision="highest"), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
 class Attention(nn.Module):
   """Self-attention with a bias by relative position; scores and softmax in float32."""
 
@@ -154,7 +177,7 @@ class Attention(nn.Module):
     qkv = linear((3, c.heads, c.head_dim), stds, self.dtype, "qkv")(x)
     q, k, v = (qkv[:, :, i] for i in range(3))
     position = self.param("position", normal(c.dim**-0.5), (c.buckets, c.heads))
-    bias = position.astype(jnp.float32).T[:, buckets]
+    bias = _rows(position.astype(jnp.float32), buckets).transpose(2, 0, 1)
     # Unscaled scores are tens large, where bfloat16 has steps of a quarter: accumulate in float32.
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
     # Not minus infinity: a text without any token must not give NaN.

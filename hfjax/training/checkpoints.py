@@ -315,6 +315,13 @@ def _sum_of_note(note: Mapping[str, Any]) -> int:
 
 
 def _as_array(x: Any) -> Any:
+  """What is saved of an array: of what all devices hold, one device's copy.
+
+  Otherwise parts of several would be written, and if ever they differed, by a bit that a device
+  rounded otherwise, the file would be that of no device, and count as damaged.
+  """
+  if isinstance(x, jax.Array) and x.is_fully_addressable and x.is_fully_replicated:
+    return x.addressable_data(0)
   return x if hasattr(x, "dtype") else jnp.asarray(x)
 
 

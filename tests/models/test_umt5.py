@@ -164,3 +164,21 @@ def test_presets_by_name():
   assert umt5.preset("umt5-xxl").head_dim == 64
   with pytest.raises(ValueError, match="'t5'; choose one of umt5-xxl"):
     umt5.preset("t5")
+
+
+def test_position_biases_are_learnt_without_sums_of_an_order_that_devices_choose():
+  length, heads = 5, MODEL.heads
+  row = np.arange(length)
+  index = relative_buckets(row[None] - row[:, None])
+  rng = np.random.default_rng(0)
+  table, pull = rng.normal(size=(MODEL.buckets, heads)), rng.normal(size=(length, length, heads))
+  loss = lambda x: (umt5._rows(x, jnp.asarray(index)) * pull).sum()
+  value, gradient = jax.value_and_grad(loss)(jnp.asarray(table, jnp.float32))
+  np.testing.assert_allclose(value, (table[index] * pull).sum(), rtol=1e-5)
+  want = np.zeros_like(table)
+  np.add.at(want, index, pull)
+  np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-6)
+  # Of all that is learnt, only the table of tokens, of which each device has its own.
+  ids = tokens(2, length)
+  whole = jax.grad(lambda p: encode(MODEL, p, ids, lengths(5, 3), jnp.float32, True).sum())
+  assert str(jax.make_jaxpr(whole)(params())).count("scatter-add[") == 1

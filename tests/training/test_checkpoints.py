@@ -379,3 +379,18 @@ def test_sums_see_what_disks_do(data):
   assert checksum({"a": {"c": x}}) != before
   assert checksum({"a": {"b": x.reshape(16, 8)}}) != before
   assert checksum({"a": {"b": jnp.array(x)}}) == before
+
+
+def test_of_copies_that_drifted_apart_one_is_saved_whole(tmp_path):
+  mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,))
+  x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+  copies = [jax.device_put(x + i, device) for i, device in enumerate(jax.devices())]
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  drifted = jax.make_array_from_single_device_arrays(x.shape, everywhere, copies)
+  with Checkpoints(tmp_path) as saved:
+    saved.save(1, {"m": {"a": drifted}}, {})
+    like = {"m": {"a": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)}}
+    found = saved.restore(like)
+  assert found is not None and found.items["m"]["a"].sharding == everywhere
+  for shard in found.items["m"]["a"].addressable_shards:
+    np.testing.assert_array_equal(shard.data, x)
