@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from hfjax.diffusion.guidance import guide
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
@@ -434,8 +434,8 @@ class FlowMatching:
     table = FlowSchedule(self.shift)
     latents = latents.astype(jnp.float32)
     noise = jax.random.normal(keys[0], latents.shape)
-    dropped = jax.random.bernoulli(keys[1], float(self.drop_text), (b, 1, 1))
-    context = jnp.where(dropped, texts.negative, texts.context)
+    dropped = self.dropped(key, b)
+    context = jnp.where(dropped[:, None, None], texts.negative, texts.context)
     options: dict[str, Any] = {}
     if self.forcing == "none":
       raw = jax.random.randint(keys[2], (b,), 0, TRAIN_TIMESTEPS)
@@ -458,3 +458,7 @@ class FlowMatching:
     weight = table.training_weight(t) if self.weighted else None
     loss = losses.denoising_loss(flow, latents, noise, weight)
     return loss, {"unweighted_loss": losses.denoising_loss(flow, latents, noise)}
+
+  def dropped(self, key: PRNGKeyArray, batch: int) -> Bool[Array, "b"]:
+    """Which samples `loss` trains under the negative prompt, with the same key."""
+    return jax.random.bernoulli(jax.random.split(key, 4)[1], float(self.drop_text), (batch,))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from hfjax import parallel
 from hfjax.distill.objectives import Distillation, FlowMatching, Frozen, Regression, Texts
@@ -61,22 +62,31 @@ def loss_of(plan: Plan, part: str) -> Loss:
     return lambda trained, fixed, batch, key: o.loss(trained, batch[name], key)
   assert isinstance(o, (FlowMatching, Regression))
   if plan.text is not None:
-    return lambda trained, fixed, batch, key: o.loss(
-      trained["student"], batch[name], encoded(plan, trained["text"], batch["texts"]), key
-    )
+    assert isinstance(o, FlowMatching)
+
+    def with_text(trained, fixed: Fixed, batch: Batch, key: PRNGKeyArray):
+      tokens = batch["texts"]
+      rows = encoded(plan, trained["text"], tokens, o.dropped(key, len(tokens.ids)))
+      return o.loss(trained["student"], batch[name], Texts(rows, rows), key)
+
+    return with_text
   return lambda trained, fixed, batch, key: o.loss(
     whole(trained, fixed), batch[name], batch["texts"], key
   )
 
 
-def encoded(plan: Plan, params: Any, tokens: Tokens) -> Texts:
-  """Contexts that a text encoder under training makes of tokens."""
+def encoded(
+  plan: Plan, params: Any, tokens: Tokens, dropped: Bool[Array, "b"]
+) -> Float[Array, "b t w"]:
+  """Contexts that a text encoder under training makes of tokens, negative ones where dropped.
+
+  Beside the batch, the negative prompt would be a row more, by which no number of devices divides.
+  """
   assert plan.text is not None
-  ids = jnp.concatenate([tokens.ids, tokens.negative_ids])
-  length = jnp.concatenate([tokens.length, tokens.negative_length])
+  ids = jnp.where(dropped[:, None], tokens.negative_ids, tokens.ids)
+  length = jnp.where(dropped, tokens.negative_length, tokens.length)
   rows = umt5.encode(plan.text, params, ids, length, plan.stream.compute_dtype)
-  rows = wan.pad_text(plan.student, rows.astype(jnp.float32))
-  return Texts(rows[:-1], rows[-1:])
+  return wan.pad_text(plan.student, rows.astype(jnp.float32))
 
 
 class Stage:

@@ -210,16 +210,21 @@ def test_dropped_texts_have_the_encoding_of_the_negative_prompt(options, held, t
 
   class Spy(FlowMatching):
     def loss(self, params, latents, texts, key):
-      return texts.negative.sum(), {"params": params, "texts": texts}
+      dropped = self.dropped(key, len(PROMPTS))[:, None, None]
+      seen = jnp.where(dropped, texts.negative, texts.context)
+      return (dropped * seen).sum(), {"params": params, "seen": seen, "dropped": dropped[:, 0, 0]}
 
-  p = dataclasses.replace(p, objective=Spy(SMALL))
-  loss = lambda x: stages.loss_of(p, "student")(x, None, {"texts": tokens, "latents": None}, None)
+  p = dataclasses.replace(p, objective=Spy(SMALL, drop_text=0.5))
+  key = next(
+    key for key in map(jax.random.key, range(99)) if p.objective.dropped(key, len(PROMPTS))[0]
+    and not p.objective.dropped(key, len(PROMPTS)).all()
+  )  # fmt: skip
+  loss = lambda x: stages.loss_of(p, "student")(x, None, {"texts": tokens, "latents": None}, key)
   (_, got), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   assert_same_arrays(got["params"], student)
-  texts = got["texts"]
   want = contexts(params["text"], tokenizer, [*PROMPTS, NEGATIVE])
-  np.testing.assert_allclose(texts.context, want[:-1], rtol=0, atol=1e-6)
-  np.testing.assert_allclose(texts.negative, want[-1:], rtol=0, atol=1e-6)
+  want = np.where(got["dropped"][:, None, None], want[-1], want[:-1])
+  np.testing.assert_allclose(got["seen"], want, rtol=0, atol=1e-6)
   moved = np.flatnonzero(np.asarray(slopes["text"]["token_embedding"]).any(axis=1))
   assert set(moved.tolist()) == set(tokens.negative_ids.ravel().tolist()) - {0}
   assert not any(np.any(x) for x in jax.tree.leaves(slopes["student"]))
