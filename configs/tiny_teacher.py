@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
   c.init = "weights/teacher_short"
   c.text.weights = "weights/teacher_short"
   c.flow.train_text_encoder = True
-  c.steps = 5000
+  c.flow.shift = 5.0  # many frames leave only the noisiest times to the words
+  c.steps = 20_000
   c.batch = 96
   c.data.path = "data/clips"
   c.data.resident = True
@@ -26,6 +27,7 @@ def get_config() -> ConfigDict:
   c.optimizer.kind = "muon"
   c.optimizer.rate = 4e-3
   c.optimizer.adam_share = 0.3
+  c.optimizer.decay = 0.03
   c.optimizer.schedule = "cosine"
   c.optimizer.warmup = 100
   c.ema.decay = 0.999

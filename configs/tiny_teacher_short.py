@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
   c.optimizer.kind = "muon"
   c.optimizer.rate = 4e-3
   c.optimizer.adam_share = 0.3
+  c.optimizer.decay = 0.03
   c.optimizer.warmup = 200
   c.ema.decay = 0.999
   c.ema.start = 1000

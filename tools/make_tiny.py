@@ -32,8 +32,8 @@ STEPS = (
 )  # fmt: skip
 TRAINED = ("vae", "vae_long", "teacher_short", "teacher", "ode", "stage1", "stage2")
 VOCAB = 320
-CLIPS, FRAMES = 24_000, 81
-TRAJECTORIES = 3_000
+CLIPS, FRAMES = 18_000, 81
+TRAJECTORIES = 6_000
 STEPS_OF_TEACHER, GUIDANCE = 48, 3.0
 # What is changed of the configs so that everything runs, and nothing is learnt; as much alike as
 # can be, so that what one stage compiles serves the next.
