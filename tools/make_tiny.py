@@ -10,9 +10,9 @@ processor, with next to no training.
 """
 
 import argparse
-import functools
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -156,16 +157,21 @@ class Chain:
     common += ["--commit", self.args.commit] if self.args.commit else []
     if few:
       common += ["--prompts", 1, "--batch", 1, "--dtype", "float32", "--frames", 33]
-    one = lambda name, weights, *rest: self.tool(
-      "score_shapes", "--name", name, "--weights", self.weights / weights, *rest, *common
-    )
-    self.tool("score_shapes", "--name", "judge_accuracy", "--truth", *common)
-    one("vae_accuracy", "vae_long", "--vae", "--prompts", 1 if few else 500)
-    one("teacher_accuracy", "teacher", "--steps", 2 if few else 50, "--guidance", GUIDANCE)
-    one("stage1_accuracy", "stage1", "--window", 21, "--sink", 1)
-    one("student_accuracy", "stage2")
-    if not few:
-      one("student_accuracy", "stage2", "--prompts", 100, "--at", 60, 600)
+    of = lambda name, weights, *rest: (
+      "--name", name, "--weights", self.weights / weights, *rest, *common
+    )  # fmt: skip
+    all_ = [
+      of("teacher_accuracy", "teacher", "--steps", 2 if few else 50, "--guidance", GUIDANCE),
+      of("stage1_accuracy", "stage1", "--window", 21, "--sink", 1),
+      of("student_accuracy", "stage2"),
+      of("vae_accuracy", "vae_long", "--vae", "--prompts", 1 if few else 500),
+      ("--name", "judge_accuracy", "--truth", *common),
+    ]
+    if not few:  # the longest first
+      all_.insert(0, of("student_accuracy", "stage2", "--prompts", 100, "--at", 60, 600))
+    if self.args.scores:
+      all_ = [words for words in all_ if words[1] in self.args.scores]
+    self.tools("score_shapes", all_, self.places)
 
   def pack(self):
     self.tool(
@@ -205,7 +211,7 @@ class Chain:
     if self.apart:
       # Autoencoders had gradients that were not finite on several GPUs (benchmarks/shapes).
       place = self.places[0] if name.startswith("vae") else ",".join(self.places)
-      act = functools.partial(_apart, ["-m", "hfjax.train"], places=[place])
+      act = lambda argv: _apart([["-m", "hfjax.train", *argv]], [place])
     else:
       from hfjax.train import main as act
     self.run(f"training {name}", act, argv)
@@ -233,15 +239,21 @@ class Chain:
 
   def tool(self, name: str, *words: object, shared: bool = False):
     """Runs a tool of this folder; shared: its processes may share the work."""
-    argv = [str(word) for word in words]
-    argv += ["--quiet"] if self.args.quiet else []
-    if self.apart:
-      count = self.args.processes if shared else 1
-      places = [self.places[i % len(self.places)] for i in range(count)]
-      act = functools.partial(_apart, [str(ROOT / "tools" / f"{name}.py")], places=places)
-    else:
-      act = __import__(name).main
-    self.run(name, act, argv)
+    count = self.args.processes if shared else 1
+    parts = [["--process", f"{i}/{count}"] if count > 1 else [] for i in range(count)]
+    places = [self.places[i % len(self.places)] for i in range(count)]
+    self.tools(name, [[*words, *part] for part in parts], places)
+
+  def tools(self, name: str, calls: Sequence[Sequence[object]], places: Sequence[str]):
+    """Runs a tool several times, in each place one at a time, or one after the other."""
+    quiet = ["--quiet"] if self.args.quiet else []
+    argvs = [[str(word) for word in words] + quiet for words in calls]
+    if not self.apart:
+      for argv in argvs:
+        self.run(name, __import__(name).main, argv)
+      return
+    commands = [[str(ROOT / "tools" / f"{name}.py"), *argv] for argv in argvs]
+    self.run(name, lambda _: _apart(commands, places), argvs[0])
 
   def run(self, what: str, act: Callable[[list[str]], int], argv: list[str]):
     """Raises Stopped unless it ends well, and before the time is over."""
@@ -267,18 +279,21 @@ class Chain:
       raise Stopped(f"The time is over in {what}; the same command goes on.")
 
 
-def _apart(command: list[str], argv: list[str], places: Sequence[str]) -> int:
+def _apart(commands: Sequence[list[str]], places: Sequence[str]) -> int:
   """Runs Python in processes until all have ended; the first status that is not 0, if there is one.
 
-  places: of each process, the GPUs that it sees. Ctrl-C and SIGTERM are passed on to all.
+  places: GPUs that a process sees, each of one process at a time. Ctrl-C and SIGTERM are passed on
+  to all, and no more are begun.
   """
   children: list[subprocess.Popen] = []
   asked: list[int] = []
+  free: queue.SimpleQueue[str] = queue.SimpleQueue()
 
   def forward(number, _):
     asked.append(number)
     for child in children:
-      child.send_signal(number)
+      if child.poll() is None:
+        child.send_signal(number)
 
   found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
   share = 0.9 / max(map(places.count, places))
@@ -286,20 +301,30 @@ def _apart(command: list[str], argv: list[str], places: Sequence[str]) -> int:
     **os.environ, "PYTHONPATH": os.pathsep.join(found),
     "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}",
   }  # fmt: skip
+
+  def one(command: list[str]) -> int:
+    place = free.get()
+    try:
+      if asked:  # what was not begun has not done its share
+        return 128 + asked[0]
+      # In a session of its own a terminal's Ctrl-C does not come twice.
+      child = subprocess.Popen(
+        [sys.executable, *command], env=own | {"CUDA_VISIBLE_DEVICES": place},
+        start_new_session=True,
+      )  # fmt: skip
+      children.append(child)
+      if asked:  # meanwhile
+        child.send_signal(asked[0])
+      return child.wait()
+    finally:
+      free.put(place)
+
+  for place in places:
+    free.put(place)
   before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
   try:
-    for i, place in enumerate(places):
-      if asked:
-        break
-      more = ["--process", f"{i}/{len(places)}"] if len(places) > 1 else []
-      # In a session of its own a terminal's Ctrl-C does not come twice.
-      children.append(subprocess.Popen(
-        [sys.executable, *command, *argv, *more], env=own | {"CUDA_VISIBLE_DEVICES": place},
-        start_new_session=True,
-      ))  # fmt: skip
-    status = next((x for x in [child.wait() for child in children] if x), 0)
-    # Those that were not begun any more have not done their share.
-    return status or (128 + asked[0] if len(children) < len(places) else 0)
+    with ThreadPoolExecutor(len(places)) as pool:
+      return next((x for x in pool.map(one, commands) if x), 0)
   finally:
     for n, handler in before.items():
       signal.signal(n, handler)
@@ -322,6 +347,7 @@ def main(argv: list[str] | None = None) -> int:
   flag("--out", default="benchmarks/shapes", metavar="DIR", help="figures and pictures")
   flag("--assets", default="hfjax/assets/tiny", metavar="DIR", help="the model that is packed")
   flag("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+  flag("--scores", nargs="+", default=[], metavar="NAME", help="those to make, all by default")
   flag("--set", nargs="*", default=[], metavar="STAGE.KEY=VALUE", help="changes a stage's config")
   flag("--minutes", type=float, default=0, help="after which it stops; 0 for no limit")
   flag("--devices", type=int, default=1, metavar="N", help="GPUs of this machine")

@@ -9,8 +9,10 @@ videos' contact sheets beside them.
 """
 
 import argparse
+import fcntl
 import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -185,12 +187,22 @@ def main(argv: list[str] | None = None) -> int:
   except (CheckpointError, DataError, ValueError) as e:
     print(f"score_shapes: {e}", file=sys.stderr)
     return 2
-  path = Path(args.out)
-  before = json.loads(path.read_text()) if path.is_file() else {}
-  commands = dict.fromkeys([*before.get("command", "").split("; "), args.command])
-  told = about(args) | {"command": "; ".join(c for c in commands if c)}
-  write(path, {**before, **figures, **told})
+  add(Path(args.out), figures, about(args))
   return 0
+
+
+def add(path: Path, figures: dict[str, Any], told: dict[str, Any]):
+  """Adds figures to those of other commands, which may do the same at this moment."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  folder = os.open(path.parent, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    commands = dict.fromkeys([*before.get("command", "").split("; "), told["command"]])
+    told = told | {"command": "; ".join(c for c in commands if c)}
+    write(path, {**before, **figures, **told})
+  finally:
+    os.close(folder)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,10 @@ sys.exit(3 if sys.argv[-1] == "1/3" else 0)
 """
 
 
+def parts(count):
+  return [["--process", f"{i}/{count}"] for i in range(count)]
+
+
 @pytest.fixture
 def spy(tmp_path):
   path = tmp_path / "spy.py"
@@ -111,14 +115,33 @@ def test_processes_share_work_and_devices(spy, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   seen = tmp_path / "seen"
   seen.mkdir()
-  assert make_tiny._apart(spy, ["seen"], ["4,7"]) == 0
-  assert make_tiny._apart(spy, ["seen"], ["4", "7", "4"]) == 3
+  assert make_tiny._apart([[*spy, "seen"]], ["4,7"]) == 0
+  assert make_tiny._apart([[*spy, "seen", *part] for part in parts(3)], ["4", "7", "4"]) == 3
   assert {p.name: json.loads(p.read_text()) for p in seen.iterdir()} == {
     "alone": ["4,7", "0.90"],
     "--process-0of3": ["4", "0.45"],
     "--process-1of3": ["7", "0.45"],
     "--process-2of3": ["4", "0.45"],
   }
+
+
+LANES = """
+import os, sys, time
+folder, number = sys.argv[1:]
+place = os.path.join(folder, "in-" + os.environ["CUDA_VISIBLE_DEVICES"])
+os.mkdir(place)  # fails if another process is there
+time.sleep(0.3)
+os.rmdir(place)
+open(os.path.join(folder, "done-" + number), "w").close()
+"""
+
+
+def test_a_place_takes_one_process_after_the_other(tmp_path):
+  (tmp_path / "lanes.py").write_text(LANES)
+  commands = [[str(tmp_path / "lanes.py"), str(tmp_path), str(i)] for i in range(5)]
+  assert make_tiny._apart(commands, ["0", "1"]) == 0
+  assert sorted(p.name for p in tmp_path.glob("done-*")) == [f"done-{i}" for i in range(5)]
+  assert make_tiny._apart(commands[:2], ["0", "0"]) != 0  # two at once, if that is asked for
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -132,7 +155,8 @@ def test_signals_are_passed_on_once_and_children_save(spy, tmp_path, number):
 
   asks = threading.Thread(target=ask)
   asks.start()
-  status = make_tiny._apart(spy, [str(tmp_path), "--slow"], ["0", "1"])
+  commands = [[*spy, str(tmp_path), "--slow", *part] for part in parts(2)]
+  status = make_tiny._apart(commands, ["0", "1"])
   asks.join()
   assert status == 128 + number and signal.getsignal(number) == before
   assert sorted(p.name for p in tmp_path.glob("saved*")) == [
@@ -148,7 +172,9 @@ def test_processes_that_were_not_begun_any_more_are_no_success(spy, tmp_path, mo
     return begin([*args[0][:1], "-c", "pass"], **options)
 
   monkeypatch.setattr(subprocess, "Popen", begin_and_ask)
-  assert make_tiny._apart(spy, [str(tmp_path)], ["0", "1"]) == 128 + signal.SIGTERM
+  # The first may have ended by the signal, or before it came.
+  commands = [[*spy, str(tmp_path)]] * 5
+  assert make_tiny._apart(commands, ["0", "1"]) in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +189,7 @@ def test_who_runs_where(tmp_path, monkeypatch, capsys, flags, seen, places):
   asked = []
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
   monkeypatch.setattr(
-    make_tiny, "_apart", lambda command, argv, places: asked.append((command[-1], places)) or 7
+    make_tiny, "_apart", lambda commands, places: asked.append((commands, places)) or 7
   )
   steps = ("clips", "vae", "ode", "trajectories", "pack")
   for step in steps:
@@ -173,9 +199,18 @@ def test_who_runs_where(tmp_path, monkeypatch, capsys, flags, seen, places):
   shared = places if "--processes" in flags else places[:1]
   every = ",".join(dict.fromkeys(places))
   assert [x[1] for x in asked] == [shared, places[:1], [every], shared, places[:1]]
-  assert [Path(x[0]).stem for x in asked] == [
-    "encode_videos", "hfjax", "hfjax", "make_trajectories", "convert_checkpoint",
+  first = [x[0][0][1] if x[0][0][0] == "-m" else Path(x[0][0][0]).stem for x in asked]
+  assert first == [
+    "encode_videos", "hfjax.train", "hfjax.train", "make_trajectories", "convert_checkpoint",
   ]  # fmt: skip
+  assert [len(x[0]) for x in asked] == [len(shared), 1, 1, len(shared), 1]
+  # Scores are made side by side, and some of them if that is asked for.
+  asked.clear()
+  argv = ["--smoke", "--work", str(tmp_path), "--only", "score", *flags]
+  for more, count in ((["--scores", "judge_accuracy", "stage1_accuracy"], 2), ([], 5)):
+    assert make_tiny.main([*argv, *more]) == 1
+    commands, where = asked.pop()
+    assert len(commands) == count and where == places[: len(set(places))]
 
 
 def test_a_tool_that_fails_in_a_process_of_its_own_is_told_of(tmp_path, capfd, monkeypatch):
