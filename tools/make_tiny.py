@@ -33,8 +33,7 @@ STEPS = (
 )  # fmt: skip
 TRAINED = ("vae", "vae_long", "teacher_short", "teacher", "ode", "stage1", "stage2")
 VOCAB = 320
-CLIPS, FRAMES = 18_000, 81
-TRAJECTORIES = 6_000
+FRAMES = 81
 STEPS_OF_TEACHER, GUIDANCE = 48, 3.0
 # What is changed of the configs so that everything runs, and nothing is learnt; as much alike as
 # can be, so that what one stage compiles serves the next.
@@ -88,11 +87,11 @@ class Chain:
 
   def clips(self):
     few = self.args.smoke
+    count = 4 if few else self.args.clips
     self.tool(
-      "encode_videos", "--weights", self.weights / "vae_long", "--shapes", 4 if few else CLIPS,
-      "--frames", 21 if few else FRAMES, "--batch", 2 if few else 32, "--workers",
-      1 if few else 4, "--dtype", "float32" if few else "bfloat16", "--out", self.work / "clips",
-      shared=True,
+      "encode_videos", "--weights", self.weights / "vae_long", "--shapes", count, "--frames",
+      21 if few else FRAMES, "--batch", 2 if few else 32, "--workers", 1 if few else 4,
+      "--dtype", "float32" if few else "bfloat16", "--out", self.work / "clips", shared=True,
     )  # fmt: skip
 
   def teacher_short(self):
@@ -119,7 +118,9 @@ class Chain:
 
     few = self.args.smoke
     prompts = self.work / "prompts.txt"
-    prompts.write_text("\n".join(shapes.prompts("train", 4 if few else TRAJECTORIES, 1)) + "\n")
+    prompts.write_text(
+      "\n".join(shapes.prompts("train", 4 if few else self.args.trajectories, 1)) + "\n"
+    )
     self.tool(
       "make_trajectories", "--weights", self.weights / "teacher", "--prompts", prompts,
       "--size", "128x128", "--frames", 6 if few else 21, "--teacher_steps",
@@ -347,6 +348,8 @@ def main(argv: list[str] | None = None) -> int:
   flag("--out", default="benchmarks/shapes", metavar="DIR", help="figures and pictures")
   flag("--assets", default="hfjax/assets/tiny", metavar="DIR", help="the model that is packed")
   flag("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+  flag("--clips", type=int, default=18_000, metavar="N", help="that the teacher learns from")
+  flag("--trajectories", type=int, default=6_000, metavar="N", help="that the student begins with")
   flag("--scores", nargs="+", default=[], metavar="NAME", help="those to make, all by default")
   flag("--set", nargs="*", default=[], metavar="STAGE.KEY=VALUE", help="changes a stage's config")
   flag("--minutes", type=float, default=0, help="after which it stops; 0 for no limit")
@@ -356,10 +359,9 @@ def main(argv: list[str] | None = None) -> int:
   flag("--smoke", action="store_true", help="all steps, hardly any training")
   flag("--quiet", action="store_true")
   args = parser.parse_args(argv)
-  if min(args.devices, args.processes) < 1:
-    parser.error(
-      f"There are {args.devices} devices and {args.processes} processes; give 1 or more of each."
-    )
+  for name in ("devices", "processes", "clips", "trajectories"):
+    if getattr(args, name) < 1:
+      parser.error(f"--{name} is {getattr(args, name)}; give 1 or more.")
   chain = Chain(args)
   if len(chain.places) < args.devices:
     parser.error(

@@ -221,8 +221,10 @@ def test_a_tool_that_fails_in_a_process_of_its_own_is_told_of(tmp_path, capfd, m
   assert said.splitlines()[-1].startswith("make_tiny: encode_videos ended with status 2")
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
   for flags, words in (
-    (["--devices", "0"], "give 1 or more of each."),
-    (["--processes", "0"], "give 1 or more of each."),
+    (["--devices", "0"], "--devices is 0; give 1 or more."),
+    (["--processes", "0"], "--processes is 0; give 1 or more."),
+    (["--clips", "-3"], "--clips is -3; give 1 or more."),
+    (["--trajectories", "0"], "--trajectories is 0; give 1 or more."),
     (
       ["--devices", "2"],
       "2 devices are asked for, and CUDA_VISIBLE_DEVICES names 1; give as many.",
