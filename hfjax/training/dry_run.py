@@ -37,6 +37,8 @@ def dry_run(plan: Plan, say: Callable[[str], None]):
   for name, tree in networks.items():
     if tree is not None:
       say(f"  {name}: {_count(tree):,} parameters")
+  # As in training, so that a cache of compiled programs serves it.
+  key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=parallel.replicated(plan.mesh))
   held = sum(_bytes(tree) for tree in (parts, base, teacher, decoder))
   say(f"  held on a device: {held / 1e9:.2f} GB")
   for name in parts:
@@ -44,7 +46,6 @@ def dry_run(plan: Plan, say: Callable[[str], None]):
     other = {"student": "critic", "critic": "student"}.get(name)
     fixed = Fixed(base, parts[other].params if other in parts else None, Frozen(teacher, decoder))
     begin = time.perf_counter()
-    key = jax.eval_shape(lambda: jax.random.key(0))
     compiled = update.lower(parts[name], fixed, batch_shapes(plan), key).compile()
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes

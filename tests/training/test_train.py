@@ -17,6 +17,7 @@ from hfjax.models import wan
 from hfjax.training import config, loop, lora, weights
 from hfjax.training.checkpoints import Checkpoints
 from hfjax.training.config import ConfigError
+from hfjax.training.stages import Stage
 from tests.helpers import files_at_most
 from tests.training.runs import (
   DECAY,
@@ -408,6 +409,29 @@ def test_a_dry_run_tells_sizes_and_writes_nothing(tmp_path, capsys, rank):
   assert abs(told - held / 1e9) < 0.01
   assert "update of the student:" in out and not error
   assert not (tmp_path / "run").exists()
+
+
+def test_what_a_dry_run_compiles_is_what_training_runs(tmp_path, monkeypatch):
+  """So that a cache of compiled programs has it when training begins."""
+  made, programs = Stage.make, []
+
+  class Seen:
+    def __init__(self, update):
+      self.update = update
+
+    def lower(self, *args):
+      lowered = self.update.lower(*args)
+      programs.append(lowered.as_text())
+      return lowered
+
+    def __call__(self, *args):
+      self.lower(*args)
+      return self.update(*args)
+
+  monkeypatch.setattr(Stage, "make", staticmethod(lambda *args: Seen(made(*args))))
+  assert flow(tmp_path / "run", "--dry_run", "--config.steps=1") == 0
+  assert flow(tmp_path / "run", "--config.steps=1") == 0
+  assert len(programs) == 2 and programs[0] == programs[1]
 
 
 # Adapters
