@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
   c.stage = "ode"
   c.init = "weights/teacher"
   c.text.weights = "weights/teacher"
-  c.steps = 2000
+  c.steps = 3000
   c.batch = 64
   c.data.path = "data/trajectories"
   c.data.resident = True

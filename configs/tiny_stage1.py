@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
   c.data.made = 20_000
   c.data.resident = True
   c.distill.generator_every = 5
-  c.distill.decoded = 2  # more of the past changes a frame hardly, and takes most of the time
+  c.distill.guidance = 2.0  # c + 2 (c - u), by which the teacher is sampled too
+  c.distill.most = 7  # rollouts are the clips that the teacher knows
   for optimizer, rate in ((c.optimizer, 5e-5), (c.critic_optimizer, 1e-4)):
     optimizer.rate = rate
     optimizer.b1 = 0.0

@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
   c.geometry.window = 9
   c.geometry.sink = 3
   c.geometry.ratio = 0.25
+  c.distill.most = 18
+  c.distill.decoded = 2  # more of the past changes a frame hardly, and takes most of the time
   c.distill.reflow_weight = 0.05
   c.distill.reflow_stop = 5
   return c

@@ -297,7 +297,8 @@ def _apart(commands: Sequence[list[str]], places: Sequence[str]) -> int:
         child.send_signal(number)
 
   found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-  share = 0.9 / max(map(places.count, places))
+  memory = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.9))
+  share = memory / max(map(places.count, places))
   own = {
     **os.environ, "PYTHONPATH": os.pathsep.join(found),
     "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}",

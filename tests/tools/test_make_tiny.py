@@ -113,11 +113,15 @@ def spy(tmp_path):
 
 def test_processes_share_work_and_devices(spy, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
   seen = tmp_path / "seen"
   seen.mkdir()
   assert make_tiny._apart([[*spy, "seen"]], ["4,7"]) == 0
   assert make_tiny._apart([[*spy, "seen", *part] for part in parts(3)], ["4", "7", "4"]) == 3
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+  assert make_tiny._apart([[*spy, "seen", "--less"]], ["2"]) == 0
   assert {p.name: json.loads(p.read_text()) for p in seen.iterdir()} == {
+    "--less": ["2", "0.60"],
     "alone": ["4,7", "0.90"],
     "--process-0of3": ["4", "0.45"],
     "--process-1of3": ["7", "0.45"],
