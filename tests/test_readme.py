@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hfjax.video import read_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +41,7 @@ def test_make_sample_calls_the_command_with_previews():
   assert run.stdout.splitlines()[-1].endswith("/python -m hfjax.sample --preview --seed=3")
 
 
+@pytest.mark.slow
 def test_benchmark_runs_and_refuses_bad_sizes(tmp_path):
   def run(*args):
     return subprocess.run(

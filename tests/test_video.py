@@ -317,6 +317,7 @@ def resident() -> float:
   return pages * resource.getpagesize() / 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_is_constant(tmp_path):
   path, preview = tmp_path / "a.mp4", Preview(16, 32)

@@ -106,6 +106,7 @@ def test_halves_are_computed_anew_if_that_is_asked_for(remat):
   assert sum("remat" in name or "checkpoint" in name for name in steps) == 2 * remat
 
 
+@pytest.mark.slow
 def test_an_encoder_that_stays_gets_no_gradients():
   clips = jax.random.randint(KEY, (1, 5, 4, 6, 3), 0, 256, jnp.uint8)
   weights = vae.init_params(PLAIN, jax.random.key(1))

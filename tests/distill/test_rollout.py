@@ -66,7 +66,7 @@ def loop(params, exit_step, chunks, first=False, renoise_first=True):
 
 @pytest.mark.parametrize(
   ("exit_step", "chunks", "renoise_first"),
-  [(0, 5, True), (2, 4, True), (2, 2, False)],
+  [pytest.param(0, 5, True, marks=pytest.mark.slow), (2, 4, True), (2, 2, False)],
 )
 def test_latents_are_those_of_the_stream(exit_step, chunks, renoise_first):
   got = rolled(PARAMS, exit_step, chunks, True, renoise_first)
@@ -78,9 +78,8 @@ def test_latents_are_those_of_the_stream(exit_step, chunks, renoise_first):
   np.testing.assert_allclose(got.first, firsts, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-  ("exit_step", "first"), [pytest.param(0, True, marks=pytest.mark.slow), (2, False)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("exit_step", "first"), [(0, True), (2, False)])
 def test_gradients_flow_through_the_exit_of_the_last_chunks_only(exit_step, first):
   weights = jax.random.normal(jax.random.key(5), (2, 2 * LAST, *noise(0).start.shape[2:]))
 

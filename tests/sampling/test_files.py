@@ -71,6 +71,7 @@ def test_latents_are_a_whole_file_after_every_chunk(tmp_path):
   assert not (tmp_path / "empty").exists()
 
 
+@pytest.mark.slow
 def test_saved_latents_are_decoded_as_they_were(tmp_path):
   a = pipeline.load_autoencoder("random:tiny", "full", "float32")
   latents = np.random.default_rng(0).normal(size=(7, 4, 8, 16)).astype(np.float32)

@@ -33,7 +33,7 @@ def picture(frames=1, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (1, frames, 32, 64, 3), np.uint8)
 
 
-@pytest.mark.parametrize("autoencoder", ["full", "tiny"])
+@pytest.mark.parametrize("autoencoder", [pytest.param("full", marks=pytest.mark.slow), "tiny"])
 def test_chunks_are_the_frames_of_their_latents(autoencoder):
   s, frames, latents = stream(autoencoder=autoencoder), [], []
   for _ in range(4):

@@ -28,6 +28,7 @@ def test_lists_are_distinct_ascending_and_end_with_the_ragged_block():
   assert len(np.unique(index[..., 0])) > 1
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_its_figures(tmp_path, capsys):
   out = tmp_path / "figures.json"
   assert benchmark.main(["kernels", "--ratios", "0.2", "--out", str(out), "--commit", "abc"]) == 0
