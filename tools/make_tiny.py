@@ -32,6 +32,9 @@ STEPS = (
   "stage1", "stage2", "pack", "score", "report",
 )  # fmt: skip
 TRAINED = ("vae", "vae_long", "teacher_short", "teacher", "ode", "stage1", "stage2")
+SCORES = (
+  "student_accuracy", "teacher_accuracy", "stage1_accuracy", "vae_accuracy", "judge_accuracy",
+)  # fmt: skip
 VOCAB = 320
 FRAMES = 81
 STEPS_OF_TEACHER, GUIDANCE = 48, 3.0
@@ -170,9 +173,8 @@ class Chain:
     ]
     if not few:  # the longest first
       all_.insert(0, of("student_accuracy", "stage2", "--prompts", 100, "--at", 60, 600))
-    if self.args.scores:
-      all_ = [words for words in all_ if words[1] in self.args.scores]
-    self.tools("score_shapes", all_, self.places)
+    chosen = [words for words in all_ if words[1] in self.args.scores]
+    self.tools("score_shapes", chosen, self.places)
 
   def pack(self):
     self.tool(
@@ -326,7 +328,9 @@ def _apart(commands: Sequence[list[str]], places: Sequence[str]) -> int:
   before = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
   try:
     with ThreadPoolExecutor(len(places)) as pool:
-      return next((x for x in pool.map(one, commands) if x), 0)
+      # All of them, whatever becomes of the first.
+      statuses = list(pool.map(one, commands))
+    return next((x for x in statuses if x), 0)
   finally:
     for n, handler in before.items():
       signal.signal(n, handler)
@@ -351,7 +355,8 @@ def main(argv: list[str] | None = None) -> int:
   flag("--only", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
   flag("--clips", type=int, default=18_000, metavar="N", help="that the teacher learns from")
   flag("--trajectories", type=int, default=6_000, metavar="N", help="that the student begins with")
-  flag("--scores", nargs="+", default=[], metavar="NAME", help="those to make, all by default")
+  flag("--scores", nargs="+", choices=SCORES, default=SCORES, metavar="NAME",
+       help=f"that the step score makes: {', '.join(SCORES)}")  # fmt: skip
   flag("--set", nargs="*", default=[], metavar="STAGE.KEY=VALUE", help="changes a stage's config")
   flag("--minutes", type=float, default=0, help="after which it stops; 0 for no limit")
   flag("--devices", type=int, default=1, metavar="N", help="GPUs of this machine")

@@ -178,7 +178,7 @@ def test_position_biases_are_learnt_without_sums_of_an_order_that_devices_choose
   want = np.zeros_like(table)
   np.add.at(want, index, pull)
   np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-6)
-  # Of all that is learnt, only the table of tokens, of which each device has its own.
+  # Only the table of tokens has one, and what devices add up of their texts is summed afterwards.
   ids = tokens(2, length)
   whole = jax.grad(lambda p: encode(MODEL, p, ids, lengths(5, 3), jnp.float32, True).sum())
   assert str(jax.make_jaxpr(whole)(params())).count("scatter-add[") == 1

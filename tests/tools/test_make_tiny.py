@@ -7,11 +7,13 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import make_tiny
 import numpy as np
 import pytest
+import score_shapes
 
 from hfjax import pipeline
 from hfjax.models import presets, umt5
@@ -148,6 +150,29 @@ def test_a_place_takes_one_process_after_the_other(tmp_path):
   assert make_tiny._apart(commands[:2], ["0", "0"]) != 0  # two at once, if that is asked for
 
 
+def test_one_that_fails_does_not_keep_others_from_their_work(tmp_path):
+  (tmp_path / "lanes.py").write_text(LANES)
+  commands = [[str(tmp_path / "lanes.py"), str(tmp_path), str(i)] for i in range(3)]
+  assert make_tiny._apart([["-c", "import sys; sys.exit(5)"], *commands], ["0"]) == 5
+  assert sorted(p.name for p in tmp_path.glob("done-*")) == [f"done-{i}" for i in range(3)]
+
+
+def test_figures_of_commands_at_the_same_time_are_all_kept(tmp_path, monkeypatch):
+  path, write = tmp_path / "out" / "results.json", score_shapes.write
+
+  def slowly(path, value):  # so that each would read before the others have written
+    time.sleep(0.05)
+    write(path, value)
+
+  monkeypatch.setattr(score_shapes, "write", slowly)
+  add = lambda i: score_shapes.add(path, {f"figure{i}": i}, {"jax": "1", "command": f"command {i}"})
+  with ThreadPoolExecutor(6) as pool:
+    list(pool.map(add, range(6)))
+  found = json.loads(path.read_text())
+  assert sorted(found.pop("command").split("; ")) == [f"command {i}" for i in range(6)]
+  assert found == {"jax": "1", **{f"figure{i}": i for i in range(6)}}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_passed_on_once_and_children_save(spy, tmp_path, number):
   before = signal.getsignal(number)
@@ -229,6 +254,7 @@ def test_a_tool_that_fails_in_a_process_of_its_own_is_told_of(tmp_path, capfd, m
     (["--processes", "0"], "--processes is 0; give 1 or more."),
     (["--clips", "-3"], "--clips is -3; give 1 or more."),
     (["--trajectories", "0"], "--trajectories is 0; give 1 or more."),
+    (["--scores", "beauty"], "invalid choice: 'beauty'"),
     (
       ["--devices", "2"],
       "2 devices are asked for, and CUDA_VISIBLE_DEVICES names 1; give as many.",
