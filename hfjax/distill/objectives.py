@@ -325,12 +325,25 @@ class Regression:
   stream: of the student, whose model, chunk, denoising steps and dtype are used; attention is dense
     and causal over all frames.
   first_clean: the first frame is given, clean and a chunk of its own (image conditioning).
+  forcing: "teacher" shows each chunk the clean ends of those before it, as a stream does; with
+    "none", as published, it sees their states, at the step that each of them has drawn.
   unroll: blocks that a step of the loop over them holds.
+
+  Raises ValueError on values out of range.
   """
 
   stream: StreamConfig
   first_clean: bool = False
+  forcing: str = "none"
   unroll: int = 1
+
+  def __post_init__(self):
+    _check_forcing(self.forcing)
+    if self.first_clean and self.forcing != "none":
+      raise ValueError(
+        "With teacher forcing the first frame is no chunk of its own; leave first_clean off, or "
+        "the forcing at none."
+      )
 
   def loss(
     self, params: Any, trajectory: Float[Array, "b s f y x c"], texts: Texts, key: PRNGKeyArray
@@ -354,10 +367,14 @@ class Regression:
     x = trajectory[rows, index, jnp.arange(frames)].astype(jnp.float32)
     clean = trajectory[:, -1]
     t = jnp.asarray((*c.timesteps, 0.0), jnp.float32)[index]
-    plan = causal.block_causal(frames, c.geometry.chunk, first_alone=self.first_clean)
+    options: dict[str, Any] = {
+      "plan": causal.block_causal(frames, c.geometry.chunk, first_alone=self.first_clean)
+    }
+    if self.forcing == "teacher":
+      options = {"plan": causal.teacher_forcing(frames, c.geometry.chunk), "clean": clean}
     flow = wan.predict_flow(
-      c.model, params, x, t, texts.context, plan=plan, dtype=c.compute_dtype, remat=c.remat,
-      unroll=self.unroll,
+      c.model, params, x, t, texts.context, dtype=c.compute_dtype, remat=c.remat,
+      unroll=self.unroll, **options,
     )  # fmt: skip
     sigma = jnp.asarray(c.sigmas, jnp.float32)[index].reshape(b, frames, 1, 1, 1)
     predicted = x - sigma * flow
@@ -413,8 +430,7 @@ class FlowMatching:
   unroll: int = 1
 
   def __post_init__(self):
-    if self.forcing not in FORCINGS:
-      raise ValueError(f"The forcing is {self.forcing!r}; choose one of {', '.join(FORCINGS)}.")
+    _check_forcing(self.forcing)
     if not 0 <= self.drop_text <= 1:
       raise ValueError(f"The share of dropped texts is {self.drop_text}; give 0 to 1.")
     if not 0 <= self.context_noise <= TRAIN_TIMESTEPS:
@@ -462,3 +478,8 @@ class FlowMatching:
   def dropped(self, key: PRNGKeyArray, batch: int) -> Bool[Array, "b"]:
     """Which samples `loss` trains under the negative prompt, with the same key."""
     return jax.random.bernoulli(jax.random.split(key, 4)[1], float(self.drop_text), (batch,))
+
+
+def _check_forcing(forcing: str):
+  if forcing not in FORCINGS:
+    raise ValueError(f"The forcing is {forcing!r}; choose one of {', '.join(FORCINGS)}.")

@@ -97,6 +97,7 @@ def default_config() -> ConfigDict:
   c.ode = ConfigDict()  # see distill.objectives.Regression
   c.ode.frames = 21
   c.ode.first_clean = False
+  c.ode.forcing = "none"
 
   c.optimizer = _optimizer(1.5e-6)
   c.critic_optimizer = _optimizer(4e-7)

@@ -265,11 +265,8 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
         f"{', plus 1 for the clean frame' if alone else ''}."
       )
     teacher = architecture(c.teacher.weights, "teacher.weights") if c.data.path == "made" else None
-    return _checked(
-      Plan(
-        objective=Regression(stream, c.ode.first_clean, c.compute.unroll), teacher=teacher, **common
-      )
-    )
+    objective = Regression(stream, c.ode.first_clean, c.ode.forcing, c.compute.unroll)
+    return _checked(Plan(objective=objective, teacher=teacher, **common))
   critic = architecture(c.critic.weights, "critic.weights")
   teacher = architecture(c.teacher.weights, "teacher.weights")
   options = {k: v for k, v in c.distill.items() if k != "generator_every"}
