@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
   c.text.weights = "weights/teacher"
   c.steps = 3000
   c.batch = 64
-  c.ode.forcing = "teacher"  # a stream's past is clean, and a small model that has not seen it fades
+  c.ode.forcing = "teacher"  # a stream's past is clean; what has not learnt from such fades
   c.data.path = "data/trajectories"
   c.data.resident = True
   c.compute.remat = False

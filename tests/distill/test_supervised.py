@@ -88,6 +88,35 @@ def test_regression_is_to_the_end_of_the_trajectory(calls, batch, first_clean):
     assert sum(np.isnan(x) for x in figures.values()) == STEPS - 1  # those that were not drawn
 
 
+def test_with_teacher_forcing_chunks_see_the_clean_ends_of_those_before(calls):
+  trajectory = draw(2, STEPS + 1, 4, 1, 1, 3)
+  loss, _ = regress(Regression(STREAM, forcing="teacher"), trajectory)
+  x, t, _, options = calls[0]
+  np.testing.assert_array_equal(options["clean"], trajectory[:, -1])
+  assert options["plan"] == (
+    ((0, 2), ((0, 2),)), ((2, 4), ((0, 4),)),
+    ((4, 6), ((4, 6),)), ((6, 8), ((0, 2), (6, 8))),
+  )  # fmt: skip
+  assert "clean_t" not in options  # they are told to be clean
+  # What is noisy, and what is minimised, is the same.
+  other, _ = regress(Regression(STREAM), trajectory)
+  np.testing.assert_array_equal(x, calls[1][0])
+  np.testing.assert_array_equal(t, calls[1][1])
+  np.testing.assert_allclose(loss, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"forcing": "student"}, "'student'; choose one of none, teacher"),
+    ({"forcing": "teacher", "first_clean": True}, "leave first_clean off, or the forcing at none"),
+  ],
+)
+def test_regression_that_cannot_work_is_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    Regression(STREAM, **options)
+
+
 @pytest.mark.parametrize(
   ("frames", "states", "first_clean", "message"),
   [
