@@ -1,4 +1,4 @@
-"""What is minimised in each stage: networks tied to losses (spec sections 8.3 to 8.9).
+"""What is minimised in distillation: networks tied to losses (spec sections 8.3 to 8.8).
 
 An objective is a frozen description; its losses are pure functions of parameters, a batch and a
 key, and return the loss with figures to be logged. All random numbers come from the key: those that
@@ -10,20 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hfjax.diffusion.guidance import guide
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
 from hfjax.distill import clip, losses, teacher
 from hfjax.distill.rollout import Rollout, StreamStudent, roll_out
-from hfjax.models import causal, wan
+from hfjax.models import wan
 from hfjax.models.presets import WanConfig
 from hfjax.models.vae import VaeConfig
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.step import ChunkNoise, draw_noise
 
 Figures = dict[str, Array]
-FORCINGS = ("none", "teacher")
 GUIDANCE_FORMS = ("conditional", "unconditional")
 
 
@@ -53,7 +52,10 @@ class Distillation:
   guidance: of the teacher's score, by `guidance_form`: away from the conditional prediction,
     `c + s (c - u)`, as published (quirk 14), or from the unconditional one, `u + s (c - u)`.
   critic_guidance: of the critic's, `c + s (c - u)`; 0 for none.
+  guided_below: timestep above which the teacher's score is not guided. There it is a mean of all
+    that a prompt may show, from which guidance leads away, and the student with it.
   lowest, highest: timesteps that scores are compared at.
+  times_shift: shift of the schedule that they are drawn from; None for the student's.
   reflow_weight: of regression to the teacher's trajectory in the sum; 0 for none.
   reflow_steps, reflow_stop, reflow_guidance: of the trajectory: Euler steps, those that are taken
     before the result is extrapolated (all by default), and `u + s (c - u)` of its flow.
@@ -77,8 +79,10 @@ class Distillation:
   guidance: float = 3.0
   guidance_form: str = "conditional"
   critic_guidance: float = 0.0
+  guided_below: float = TRAIN_TIMESTEPS
   lowest: float = losses.LOWEST
   highest: float = losses.HIGHEST
+  times_shift: float | None = None
   reflow_weight: float = 0.0
   reflow_steps: int = 25
   reflow_stop: int | None = None
@@ -117,6 +121,16 @@ class Distillation:
       raise ValueError(
         f"Scores would be compared from timestep {self.lowest} to {self.highest}; give two that "
         f"ascend, from 0 to {TRAIN_TIMESTEPS}."
+      )
+    if not 0 <= self.guided_below <= TRAIN_TIMESTEPS:
+      raise ValueError(
+        f"The teacher would be guided up to timestep {self.guided_below}; give 0 to "
+        f"{TRAIN_TIMESTEPS}."
+      )
+    if self.times_shift is not None and not 1 <= self.times_shift < float("inf"):
+      raise ValueError(
+        f"The shift of times of scores is {self.times_shift}; give at least 1, or none for the "
+        "student's."
       )
     if self.vae is not None and self.vae.z_dim != student.out_dim:
       raise ValueError(
@@ -264,7 +278,8 @@ class Distillation:
     """Timesteps that scores are compared at, one for each sample, and noise of the clip."""
     one, two = jax.random.split(key)
     raw = jax.random.randint(one, image.shape[:1], 0, TRAIN_TIMESTEPS)
-    t = losses.score_times(raw, self.stream.shift, self.lowest, self.highest)
+    shift = self.stream.shift if self.times_shift is None else self.times_shift
+    t = losses.score_times(raw, shift, self.lowest, self.highest)
     return t, jax.random.normal(two, image.shape)
 
   def _flow(self, config, params, x, t, context):
@@ -298,7 +313,8 @@ class Distillation:
     both = self.both_flows(self.teacher, params, noisy, t, texts)
     with_text, without = (self.scores.x0_from_flow(flow, noisy, t) for flow in both)
     form = losses.extrapolate if self.guidance_form == "conditional" else guide
-    return form(with_text, without, self.guidance)
+    guided = t.reshape(-1, 1, 1, 1, 1) <= self.guided_below
+    return jnp.where(guided, form(with_text, without, self.guidance), with_text)
 
   def _reflow(self, rolled: Rollout, params, texts: Texts, start, exit_step, mask):
     """Distance of the first step's predictions from the teacher's trajectory, and if it counts."""
@@ -316,170 +332,3 @@ class Distillation:
     # The teacher's many steps are taken only where they count.
     target = solve() if self.reflow_always else jax.lax.cond(counts, solve, nothing)
     return losses.regression_loss(predicted, target, mask), counts
-
-
-@dataclasses.dataclass(frozen=True)
-class Regression:
-  """Causal regression on a teacher's trajectories, so that few steps suffice (spec section 8.9).
-
-  stream: of the student, whose model, chunk, denoising steps and dtype are used; attention is dense
-    and causal over all frames.
-  first_clean: the first frame is given, clean and a chunk of its own (image conditioning).
-  forcing: "teacher" shows each chunk the clean ends of those before it, as a stream does; with
-    "none", as published, it sees their states, at the step that each of them has drawn.
-  unroll: blocks that a step of the loop over them holds.
-
-  Raises ValueError on values out of range.
-  """
-
-  stream: StreamConfig
-  first_clean: bool = False
-  forcing: str = "none"
-  unroll: int = 1
-
-  def __post_init__(self):
-    _check_forcing(self.forcing)
-    if self.first_clean and self.forcing != "none":
-      raise ValueError(
-        "With teacher forcing the first frame is no chunk of its own; leave first_clean off, or "
-        "the forcing at none."
-      )
-
-  def loss(
-    self, params: Any, trajectory: Float[Array, "b s f y x c"], texts: Texts, key: PRNGKeyArray
-  ) -> tuple[Float[Array, ""], Figures]:
-    """`mean (x0(x_s, t_s) - x_end)^2`, s drawn for each chunk, over frames that are not clean.
-
-    trajectory: a state for each denoising step, and at the end the clean latents.
-    Figures: the loss of each denoising step.
-
-    Raises ValueError on trajectories of another number of states.
-    """
-    c, steps = self.stream, len(self.stream.steps)
-    b, states, frames = trajectory.shape[:3]
-    if states != steps + 1:
-      raise ValueError(
-        f"The trajectories hold {states} states, and {steps} denoising steps need {steps + 1}, the "
-        "clean latents at the end; make them anew for these steps."
-      )
-    index = self._draw_steps(key, b, frames)
-    rows = jnp.arange(b)[:, None]
-    x = trajectory[rows, index, jnp.arange(frames)].astype(jnp.float32)
-    clean = trajectory[:, -1]
-    t = jnp.asarray((*c.timesteps, 0.0), jnp.float32)[index]
-    options: dict[str, Any] = {
-      "plan": causal.block_causal(frames, c.geometry.chunk, first_alone=self.first_clean)
-    }
-    if self.forcing == "teacher":
-      options = {"plan": causal.teacher_forcing(frames, c.geometry.chunk), "clean": clean}
-    flow = wan.predict_flow(
-      c.model, params, x, t, texts.context, dtype=c.compute_dtype, remat=c.remat,
-      unroll=self.unroll, **options,
-    )  # fmt: skip
-    sigma = jnp.asarray(c.sigmas, jnp.float32)[index].reshape(b, frames, 1, 1, 1)
-    predicted = x - sigma * flow
-    counts = (index < steps).reshape(sigma.shape)
-    each = [
-      losses.regression_loss(predicted, clean, (index == i).reshape(sigma.shape))
-      for i in range(steps)
-    ]
-    drawn = [jnp.any(index == i) for i in range(steps)]
-    figures = {
-      f"loss_step{i}": jnp.where(there, x, jnp.nan)
-      for i, (x, there) in enumerate(zip(each, drawn, strict=True))
-    }
-    return losses.regression_loss(predicted, clean, counts), figures
-
-  def _draw_steps(self, key, batch: int, frames: int) -> Int[Array, "b f"]:
-    """A denoising step for each frame, one for each chunk; behind the last for clean frames."""
-    steps = len(self.stream.steps)
-    spans = causal.chunk_spans(frames, self.stream.geometry.chunk, self.first_clean)
-    drawn = jax.random.randint(key, (batch, len(spans)), 0, steps)
-    if self.first_clean:
-      drawn = drawn.at[:, 0].set(steps)
-    lengths = jnp.array([stop - start for start, stop in spans])
-    return jnp.repeat(drawn, lengths, axis=1, total_repeat_length=frames)
-
-
-@dataclasses.dataclass(frozen=True)
-class FlowMatching:
-  """Flow matching of undistilled models on latents (spec section 8.9).
-
-  model: the network; without forcing it sees whole clips.
-  shift: of the schedule that timesteps are drawn from.
-  weighted: losses have the schedule's training weights.
-  drop_text: share of samples that are trained under the negative prompt, for guidance.
-  forcing: "teacher" trains a causal model in chunks, each of which sees the clean ones before it
-    and has a timestep of its own.
-  chunk: frames of a chunk, with forcing. context_noise: clean ones are noised up to this timestep.
-  dtype, remat, unroll: compute dtype, whether blocks are recomputed in the backward pass, and how
-    many of them a step of the loop over them holds.
-
-  Raises ValueError on values out of range.
-  """
-
-  model: WanConfig
-  shift: float = 5.0
-  weighted: bool = True
-  drop_text: float = 0.1
-  forcing: str = "none"
-  chunk: int = 3
-  context_noise: float = 0.0
-  dtype: str = "float32"
-  remat: bool = True
-  unroll: int = 1
-
-  def __post_init__(self):
-    _check_forcing(self.forcing)
-    if not 0 <= self.drop_text <= 1:
-      raise ValueError(f"The share of dropped texts is {self.drop_text}; give 0 to 1.")
-    if not 0 <= self.context_noise <= TRAIN_TIMESTEPS:
-      raise ValueError(
-        f"The context's noise reaches to timestep {self.context_noise}; give 0 (none) to "
-        f"{TRAIN_TIMESTEPS}."
-      )
-    if self.model.in_dim != self.model.out_dim or self.model.image_dim:
-      raise ValueError("Flow matching trains text-to-video models, and this one takes images.")
-
-  def loss(
-    self, params: Any, latents: Float[Array, "b f y x c"], texts: Texts, key: PRNGKeyArray
-  ) -> tuple[Float[Array, ""], Figures]:
-    """`mean w(t) (flow(x_t, t) - (noise - x0))^2`."""
-    b, frames = latents.shape[:2]
-    keys = jax.random.split(key, 4)
-    table = FlowSchedule(self.shift)
-    latents = latents.astype(jnp.float32)
-    noise = jax.random.normal(keys[0], latents.shape)
-    dropped = self.dropped(key, b)
-    context = jnp.where(dropped[:, None, None], texts.negative, texts.context)
-    options: dict[str, Any] = {}
-    if self.forcing == "none":
-      raw = jax.random.randint(keys[2], (b,), 0, TRAIN_TIMESTEPS)
-      t = jnp.asarray(table.timesteps)[raw]
-    else:
-      spans = causal.chunk_spans(frames, self.chunk)
-      raw = jax.random.randint(keys[2], (b, len(spans)), 0, TRAIN_TIMESTEPS)
-      t = jnp.repeat(jnp.asarray(table.timesteps)[raw], self.chunk, axis=1)
-      options = {"plan": causal.teacher_forcing(frames, self.chunk), "clean": latents}
-      if self.context_noise:
-        clean_t = self.context_noise * jax.random.uniform(keys[3], (b, frames // self.chunk))
-        clean_t = jnp.repeat(clean_t, self.chunk, axis=1)
-        share = (clean_t / TRAIN_TIMESTEPS).reshape(b, frames, 1, 1, 1)
-        options |= {"clean": (1 - share) * latents + share * noise, "clean_t": clean_t}
-    x = table.add_noise(latents, noise, t)
-    flow = wan.predict_flow(
-      self.model, params, x, t, context, dtype=jnp.dtype(self.dtype), remat=self.remat,
-      unroll=self.unroll, **options,
-    )  # fmt: skip
-    weight = table.training_weight(t) if self.weighted else None
-    loss = losses.denoising_loss(flow, latents, noise, weight)
-    return loss, {"unweighted_loss": losses.denoising_loss(flow, latents, noise)}
-
-  def dropped(self, key: PRNGKeyArray, batch: int) -> Bool[Array, "b"]:
-    """Which samples `loss` trains under the negative prompt, with the same key."""
-    return jax.random.bernoulli(jax.random.split(key, 4)[1], float(self.drop_text), (batch,))
-
-
-def _check_forcing(forcing: str):
-  if forcing not in FORCINGS:
-    raise ValueError(f"The forcing is {forcing!r}; choose one of {', '.join(FORCINGS)}.")

@@ -71,8 +71,10 @@ def default_config() -> ConfigDict:
   c.distill.guidance = 3.0
   c.distill.guidance_form = "conditional"
   c.distill.critic_guidance = 0.0
+  c.distill.guided_below = 1000.0
   c.distill.lowest = 20.0
   c.distill.highest = 980.0
+  c.distill.times_shift = 0.0  # 0 for the student's
   c.distill.reflow_weight = 0.0
   c.distill.reflow_steps = 25
   c.distill.reflow_stop = 0  # 0 for all steps
@@ -83,7 +85,7 @@ def default_config() -> ConfigDict:
   c.distill.noisy_context = False
   c.distill.score_shift = 0.0  # 0 for the student's
 
-  c.flow = ConfigDict()  # see distill.objectives.FlowMatching
+  c.flow = ConfigDict()  # see distill.supervised.FlowMatching
   c.flow.frames = 21
   c.flow.shift = 5.0
   c.flow.weighted = True
@@ -94,7 +96,7 @@ def default_config() -> ConfigDict:
   c.flow.guidance = 5.0  # of validation videos
   c.flow.solver_steps = 50
 
-  c.ode = ConfigDict()  # see distill.objectives.Regression
+  c.ode = ConfigDict()  # see distill.supervised.Regression
   c.ode.frames = 21
   c.ode.first_clean = False
   c.ode.forcing = "none"

@@ -14,8 +14,9 @@ from hfjax import convert, parallel, pipeline
 from hfjax.convert import checkpoint
 from hfjax.diffusion import guidance as guiding
 from hfjax.diffusion.solvers import MultistepSolver
-from hfjax.distill.objectives import Distillation, FlowMatching, Regression
+from hfjax.distill.objectives import Distillation
 from hfjax.distill.reconstruction import Reconstruction
+from hfjax.distill.supervised import FlowMatching, Regression
 from hfjax.models import umt5, vae, wan
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
@@ -270,8 +271,8 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
   critic = architecture(c.critic.weights, "critic.weights")
   teacher = architecture(c.teacher.weights, "teacher.weights")
   options = {k: v for k, v in c.distill.items() if k != "generator_every"}
-  options["reflow_stop"] = options["reflow_stop"] or None
-  options["score_shift"] = options["score_shift"] or None
+  for name in ("reflow_stop", "score_shift", "times_shift"):
+    options[name] = options[name] or None
   if c.distill.generator_every < 1:
     raise ConfigError(
       f"distill.generator_every is {c.distill.generator_every}; it must be at least 1."

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from hfjax import parallel
-from hfjax.distill.objectives import Distillation, FlowMatching, Frozen, Regression, Texts
+from hfjax.distill.objectives import Distillation, Frozen, Texts
 from hfjax.distill.reconstruction import Reconstruction
+from hfjax.distill.supervised import FlowMatching, Regression
 from hfjax.models import umt5, wan
 from hfjax.training import lora
 from hfjax.training.plan import Plan

@@ -219,6 +219,7 @@ class ByHand:
     with_text, without = self.clean(TEACHER, TEACHER_PARAMS, x, t)
     base = with_text if o.guidance_form == "conditional" else without
     real = base + o.guidance * (with_text - without)
+    real = np.where(per_frame(t) <= o.guided_below, real, with_text)
     direction = (fake - real) / mean(np.abs(self.image - real), (1, 2, 3, 4))
     counts = self.mask()
     gradient = [(direction * d)[counts].mean() for d in self.image_derivatives]

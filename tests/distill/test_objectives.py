@@ -31,6 +31,7 @@ LAST, MOST = 2, 4
 PLAIN = Distillation(STREAM, CRITIC, TEACHER, None, most=MOST, last=LAST)
 GUIDED = dataclasses.replace(
   PLAIN, guidance=2.0, guidance_form="unconditional", critic_guidance=0.7, reflow_weight=0.3,
+  guided_below=700,
   reflow_steps=4, reflow_guidance=1.5, vae=VAE,
 )  # fmt: skip
 # As published, and reflow of a trajectory that ends early, in every rollout.
@@ -113,7 +114,8 @@ def test_each_option_changes_the_loss():
   of = lambda **fields: dataclasses.replace(PLAIN, **fields)
   options = [
     of(guidance=1.5), of(guidance_form="unconditional"), of(critic_guidance=0.7),
-    of(renoise_first=False), of(noisy_context=True), of(score_shift=8.0), of(vae=VAE),
+    of(guided_below=700), of(renoise_first=False), of(noisy_context=True), of(score_shift=8.0),
+    of(vae=VAE),
   ]  # fmt: skip
   hand = lambda o: ByHand(o, 2, key, chunks, exit_step)
   plain = hand(PLAIN).matching()[0]
@@ -179,6 +181,10 @@ def test_times_and_noise_of_scores():
   assert abs(np.corrcoef(t, noise[:, 0, 0, 0, 0])[0, 1]) < 0.06
   t, _ = draw(jax.random.key(1), dataclasses.replace(PLAIN, lowest=300, highest=400))
   assert (t.min(), t.max()) == (300, 400)
+  t, _ = draw(jax.random.key(1), dataclasses.replace(PLAIN, highest=1000, times_shift=12.0))
+  # Half of them are above 12 / 13, by the formula.
+  np.testing.assert_allclose(np.mean(t > 12000 / 13), 0.5, atol=0.03)
+  assert t.max() > 995
 
 
 def test_clips_are_float32_and_as_they_lie_without_an_autoencoder():
@@ -211,6 +217,8 @@ def test_networks_compute_in_the_dtype_that_was_asked_for(monkeypatch):
     ({"last": 5}, "Gradients of 5 of 4 chunks"),
     ({"last": 0}, "ask for 1 to 4"),
     ({"guidance_form": "cfg"}, "'cfg'; choose one of conditional, unconditional"),
+    ({"guided_below": 1001}, "guided up to timestep 1001; give 0 to 1000"),
+    ({"times_shift": 0.5}, "shift of times of scores is 0.5; give at least 1"),
     ({"lowest": 500, "highest": 500}, "from timestep 500 to 500"),
     ({"lowest": -1}, "that ascend, from 0 to 1000"),
     ({"highest": 1001}, "timestep 20.0 to 1001"),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hfjax.distill.objectives import FlowMatching, Regression, Texts
+from hfjax.distill.objectives import Texts
+from hfjax.distill.supervised import FlowMatching, Regression
 from hfjax.models import wan
 from hfjax.models.presets import WanConfig
 from tests.distill import stand_ins
