@@ -74,11 +74,37 @@ def test_a_stream_has_the_presets_size_and_blocks(model, monkeypatch):
     geometry(model, (100, 110))
 
 
+@pytest.mark.parametrize(
+  ("preset", "window", "sink", "shift"),
+  [("shapes", 9, 3, 3.0), ("shapes_dense", 21, 1, 3.0), ("self_forcing", 21, 0, 5.0)],
+)
+def test_a_stream_is_sampled_as_the_preset_says(model, preset, window, sink, shift):
+  if preset != "shapes":
+    dense = dataclasses.replace(model.config, linear=False)
+    model = model._replace(config=dense, variant=SAMPLING_PRESETS[preset].variant)
+  config = configure(model._replace(preset=preset), (64, 32), None, "auto")
+  assert (config.geometry.window, config.geometry.sink) == (window, sink)
+  assert (config.shift, config.steps) == (shift, (1000, 750, 500, 250))
+  own = configure(
+    model._replace(preset=preset), (64, 32), None, "auto", window=12, sink=6, shift=2.0,
+    steps=(1000, 500),
+  )  # fmt: skip
+  assert (own.geometry.window, own.geometry.sink) == (12, 6)
+  assert (own.shift, own.steps) == (2.0, (1000, 500))
+
+
+def test_a_stream_of_an_undistilled_model_keeps_the_usual_settings(model):
+  config = configure(model._replace(preset="wan"), (64, 32), None, "auto")
+  assert (config.geometry.window, config.geometry.sink, config.shift) == (9, 3, 5.0)
+  assert config.steps
+
+
 def test_other_presets_leave_size_and_blocks_to_the_usual_ones():
   for name, preset in SAMPLING_PRESETS.items():
     own = (preset.size, preset.prompt, preset.world)
     assert (own == (None,) * 3) == (not name.startswith("shapes"))
     assert ((preset.block, preset.ratio) == (None, None)) == (name != "shapes")
+    assert preset.shift == (3.0 if name.startswith("shapes") else 5.0)
     assert (preset.negative is None) == (name != "shapes_teacher")
 
 

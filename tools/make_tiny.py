@@ -166,7 +166,7 @@ class Chain:
     )  # fmt: skip
     all_ = [
       of("teacher_accuracy", "teacher", "--steps", 2 if few else 50, "--guidance", GUIDANCE),
-      of("stage1_accuracy", "stage1", "--window", 21, "--sink", 1),
+      of("stage1_accuracy", "stage1"),
       of("student_accuracy", "stage2"),
       of("vae_accuracy", "vae_long", "--vae", "--prompts", 1 if few else 500),
       ("--name", "judge_accuracy", "--truth", *common),
@@ -228,10 +228,11 @@ class Chain:
     if (target / "whole").exists():
       return
     shutil.rmtree(target, ignore_errors=True)
-    preset = {"teacher": ["--preset", "shapes_teacher"], "stage2": ["--preset", "shapes"]}
+    preset = {"teacher": "shapes_teacher", "ode": "shapes_dense", "stage1": "shapes_dense",
+              "stage2": "shapes"}.get(name)  # fmt: skip
     self.tool(
       "convert_checkpoint", self.work / name, target, "--ema", "--dtype", "bf16",
-      *preset.get(name, []),
+      *(["--preset", preset] if preset else []),
     )  # fmt: skip
     if not name.startswith("vae"):
       shutil.copytree(self.weights / "vae_long" / "vae", target / "vae")

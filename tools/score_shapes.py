@@ -65,13 +65,8 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
       model, prompts, size=size, frames=args.frames, solver=solver, guidance=args.guidance,
       negative_prompt="", seed=seed, dtype=args.dtype,
     )  # fmt: skip
-  settings: dict[str, Any] = {
-    "steps": PRESET.steps, "shift": PRESET.shift, "window": args.window or PRESET.window,
-    "sink": args.sink if args.window else PRESET.sink,
-    "ratio": args.ratio if args.window else PRESET.ratio, "block": PRESET.block,
-  }  # fmt: skip
-  if args.variant:
-    settings["variant"] = args.variant
+  settings = {n: getattr(args, n) for n in ("window", "sink", "ratio", "variant")}
+  settings = {name: value for name, value in settings.items() if value is not None}
   return Stream(model, prompts, size=size, seed=seed, dtype=args.dtype, backend="xla", **settings)
 
 
@@ -162,10 +157,10 @@ def main(argv: list[str] | None = None) -> int:
   flag("--steps", type=int, default=0, help="of a bidirectional transformer's solver")
   flag("--guidance", type=float, default=3.0, help="of a bidirectional transformer")
   flag("--shift", type=float, default=PRESET.shift, help="of times of a bidirectional transformer")
-  flag("--window", type=int, default=0, help="of a stream; else the model's")
-  flag("--sink", type=int, default=1)
-  flag("--ratio", type=float, default=1.0)
-  flag("--variant", help="of a stream; else the model's")
+  flag("--window", type=int, help="of a stream, as the next three; else the model's")
+  flag("--sink", type=int)
+  flag("--ratio", type=float)
+  flag("--variant")
   flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
   flag("--workers", type=int, default=0, help="processes that judge")
   flag("--out", default="benchmarks/shapes/results.json", metavar="FILE")

@@ -68,6 +68,16 @@ SAMPLING_PRESETS = {
     prompt=_SHAPES,
     world="shapes",
   ),
+  # The same before its hybrid stage: dense attention to all that it was trained on.
+  "shapes_dense": SamplingPreset(
+    window=21,
+    sink=1,
+    shift=3.0,
+    variant="reference_dense",
+    size=(128, 128),
+    prompt=_SHAPES,
+    world="shapes",
+  ),
   # Its teacher, before distillation, which was taught with an empty prompt beside the captions.
   "shapes_teacher": SamplingPreset(
     window=21,

@@ -61,8 +61,8 @@ class Stream:
       negative_prompt: what guided videos keep away from; it may be empty. kept: see `LatentStream`.
     dtype: that is computed in, see `default_dtype`.
     settings: of `Geometry` (window, sink, chunk, ratio, rope_cap, block, variant) and of
-      `StreamConfig` (steps, warp, shift, solver, guidance), whose defaults hold. Variant, block and
-      ratio are by default the model's.
+      `StreamConfig` (steps, warp, shift, solver, guidance). Where the model's preset says nothing
+      of one, their defaults hold.
 
     Raises ValueError on sizes and settings that cannot work, with the nearest that can.
     """
@@ -200,9 +200,11 @@ def configure(
   rest = {k: v for k, v in settings.items() if k not in names}
   if rest.get("variant") is None:
     rest["variant"] = model.variant or ("paper" if model.config.linear else "reference_dense")
-  for name in ("block", "ratio"):
-    if (usual := getattr(preset, name)) is not None:
-      rest.setdefault(name, usual)
+  own = {"block": preset.block, "ratio": preset.ratio}
+  if not preset.bidirectional:
+    own |= {"window": preset.window, "sink": preset.sink}
+    stream = {"steps": preset.steps, "shift": preset.shift} | stream
+  rest |= {name: x for name, x in own.items() if x is not None and name not in rest}
   try:
     geometry = Geometry(height, width, patch=model.config.patch, **rest)
   except TypeError as e:
