@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
   c.stage = "ode"
   c.init = "weights/teacher"
   c.text.weights = "weights/teacher"
-  c.steps = 3000
+  c.steps = 5000
   c.batch = 64
   c.ode.forcing = "teacher"  # a stream's past is clean; what has not learnt from such fades
   c.data.path = "data/trajectories"

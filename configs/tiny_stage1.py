@@ -20,10 +20,15 @@ def get_config() -> ConfigDict:
   c.data.path = "shapes"
   c.data.made = 20_000
   c.data.resident = True
-  c.distill.generator_every = 5
+  c.distill.generator_every = 2
   c.distill.guidance = 2.0  # c + 2 (c - u), by which the teacher is sampled too
+  # Whether there is a thing shows in much noise, so that only the noisiest scores bring back what
+  # the student has lost; and there guidance leads away from all clips (benchmarks/shapes).
+  c.distill.times_shift = 10.0
+  c.distill.highest = 1000.0
+  c.distill.guided_below = 900.0
   c.distill.most = 7  # rollouts are the clips that the teacher knows
-  for optimizer, rate in ((c.optimizer, 5e-5), (c.critic_optimizer, 1e-4)):
+  for optimizer, rate in ((c.optimizer, 5e-5), (c.critic_optimizer, 2e-4)):
     optimizer.rate = rate
     optimizer.b1 = 0.0
   c.ema.decay = 0.98

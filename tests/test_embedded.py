@@ -1,12 +1,11 @@
 """The model that comes with hfjax makes what it is told; its pixels are judged."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hfjax import pipeline, sample
+from hfjax import pipeline
 from hfjax.data import shapes, shapes_score, shapes_words
 from hfjax.models.sampling_presets import SAMPLING_PRESETS
 from hfjax.streaming import Stream
