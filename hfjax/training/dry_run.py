@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from hfjax import parallel
 from hfjax.distill.objectives import Distillation, Frozen
+from hfjax.distill.supervised import FlowMatching, Regression
 from hfjax.models import vae
 from hfjax.training import flops
 from hfjax.training.plan import Plan
@@ -81,7 +82,8 @@ def operations(plan: Plan, part: str) -> float:
   chunk = tokens // shape[0] * plan.stream.geometry.chunk
   causal = plan.causal
   keys = (tokens + chunk) / 2 if causal else tokens
-  clips = 2 if plan.stage == "flow" and causal else 1  # a clean one besides
+  assert isinstance(o, (FlowMatching, Regression))
+  clips = 2 if o.forcing == "teacher" else 1  # a clean one besides
   return 3.0 * plan.config.batch * clips * flops.forward(m, tokens, keys)
 
 

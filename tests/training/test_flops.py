@@ -15,7 +15,7 @@ from hfjax.models.geometry import Geometry
 from hfjax.models.presets import preset
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.step import ChunkNoise
-from hfjax.training import flops
+from hfjax.training import config, dry_run, flops, plan
 from tests.helpers import MODEL
 
 DENSE = dataclasses.replace(MODEL, linear=False, in_dim=6, out_dim=4)
@@ -179,3 +179,20 @@ def test_sparse_attention_takes_its_share():
   frames = np.minimum(np.arange(4) * 2, 4) + 2
   saved = 4 * 12 * 0.5 * frames.sum() * 6 * MODEL.dim * MODEL.layers * 3
   assert one - other == pytest.approx(saved)
+
+
+@pytest.mark.parametrize("stage", ["ode", "flow"])
+def test_with_teacher_forcing_clean_clips_count_as_well(stage):
+  def counted(forcing):
+    argv = [f"--config=configs/smoke_{stage}.py", "--workdir=unused"]
+    frames = f"--config.{stage}.frames=6"
+    p = plan.make_plan(config.parse([*argv, frames, f"--config.{stage}.forcing={forcing}"]).config)
+    tokens = math.prod(p.latent_shape[:3]) // math.prod(p.student.patch)
+    chunk = tokens * p.stream.geometry.chunk // 6
+    return dry_run.operations(p, "student"), (p.config.batch, p.student, tokens, chunk)
+
+  plain, _ = counted("none")
+  forced, (batch, model, tokens, chunk) = counted("teacher")
+  # Two clips, each token of which sees half of one and half of its chunk more.
+  assert forced == 3 * batch * 2 * flops.forward(model, tokens, (tokens + chunk) / 2)
+  assert forced / plain == 2 if stage == "ode" else 1.5 < forced / plain < 2

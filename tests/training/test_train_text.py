@@ -16,7 +16,7 @@ from hfjax.convert.part import Part, named_tensors
 from hfjax.convert.registry import KINDS
 from hfjax.convert.source import Tensor
 from hfjax.data import made, vocabulary
-from hfjax.distill.objectives import FlowMatching
+from hfjax.distill.supervised import FlowMatching
 from hfjax.models import umt5, vae, wan
 from hfjax.models.umt5 import Umt5Config
 from hfjax.models.vae import VaeConfig
