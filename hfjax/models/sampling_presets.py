@@ -68,7 +68,7 @@ SAMPLING_PRESETS = {
     prompt=_SHAPES,
     world="shapes",
   ),
-  # The same before its hybrid stage: dense attention to all that it was trained on.
+  # The same before its hybrid stage: dense attention to as many frames as a clip of training has.
   "shapes_dense": SamplingPreset(
     window=21,
     sink=1,

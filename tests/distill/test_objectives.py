@@ -31,8 +31,7 @@ LAST, MOST = 2, 4
 PLAIN = Distillation(STREAM, CRITIC, TEACHER, None, most=MOST, last=LAST)
 GUIDED = dataclasses.replace(
   PLAIN, guidance=2.0, guidance_form="unconditional", critic_guidance=0.7, reflow_weight=0.3,
-  guided_below=700,
-  reflow_steps=4, reflow_guidance=1.5, vae=VAE,
+  guided_below=700, reflow_steps=4, reflow_guidance=1.5, vae=VAE,
 )  # fmt: skip
 # As published, and reflow of a trajectory that ends early, in every rollout.
 PUBLISHED = dataclasses.replace(
