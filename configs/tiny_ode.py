@@ -1,8 +1,8 @@
-r"""Stage `ode` of the shapes world: a causal student begins, by regression on the teacher's
-trajectories.
+r"""Stage `ode` of the shapes world: a student of few steps begins, by regression on a causal
+teacher's trajectories.
 
     python -m hfjax.train --config=configs/tiny_ode.py --workdir=runs/tiny_ode \
-        --config.init=weights/teacher --config.data.path=data/trajectories
+        --config.init=weights/causal --config.data.path=data/trajectories
 """
 
 from ml_collections import ConfigDict
@@ -13,8 +13,8 @@ from hfjax.training.defaults import tiny_config
 def get_config() -> ConfigDict:
   c = tiny_config()
   c.stage = "ode"
-  c.init = "weights/teacher"
-  c.text.weights = "weights/teacher"
+  c.init = "weights/causal"
+  c.text.weights = "weights/causal"
   c.steps = 5000
   c.batch = 64
   c.ode.forcing = "teacher"  # a stream's past is clean; what has not learnt from such fades

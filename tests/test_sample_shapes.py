@@ -11,6 +11,7 @@ import pytest
 from hfjax import pipeline, sample
 from hfjax.convert import CheckpointError
 from hfjax.data import shapes
+from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models.sampling_presets import SAMPLING_PRESETS
 from hfjax.sampling import requests
 from hfjax.sampling.flags import parse
@@ -99,13 +100,25 @@ def test_a_stream_of_an_undistilled_model_keeps_the_usual_settings(model):
   assert config.steps
 
 
+def test_a_stream_of_a_causal_teacher_is_solved_unless_steps_are_given(model):
+  dense = dataclasses.replace(model.config, linear=False)
+  model = model._replace(preset="shapes_causal", config=dense, variant="reference_dense")
+  make = lambda **settings: configure(model, (64, 32), None, "auto", **settings)
+  solved = make()
+  assert (solved.geometry.window, solved.geometry.sink) == (21, 1)
+  assert solved.solver == MultistepSolver("unipc", 24, 3.0) and solved.guidance == 2.0
+  few = make(steps=(1000, 500), guidance=1.0)
+  assert (few.solver, few.guidance, few.steps) == (None, 1.0, (1000, 500))
+  assert make(solver=MultistepSolver("unipc", 9, 3.0)).solver.steps == 9
+
+
 def test_other_presets_leave_size_and_blocks_to_the_usual_ones():
   for name, preset in SAMPLING_PRESETS.items():
     own = (preset.size, preset.prompt, preset.world)
     assert (own == (None,) * 3) == (not name.startswith("shapes"))
     assert ((preset.block, preset.ratio) == (None, None)) == (name != "shapes")
     assert preset.shift == (3.0 if name.startswith("shapes") else 5.0)
-    assert (preset.negative is None) == (name != "shapes_teacher")
+    assert (preset.negative is None) == (name not in ("shapes_teacher", "shapes_causal"))
 
 
 def test_the_preset_is_told_before_the_weights_are_loaded(folder, tmp_path):

@@ -1,12 +1,12 @@
 """Trains the model of the shapes world from nothing: `python tools/make_tiny.py --work runs/tiny`.
 
 Tokenizer; autoencoder, on short clips and then on long ones; latents of clips; teacher with its
-text encoder, on their beginnings and then on all of them; its trajectories; the student through
-`ode`, stage 1 and stage 2, by configs/tiny_*.py. The last is packed as hfjax/assets/tiny, and all
-are scored. The same command goes on where it was stopped, inside a stage too; --minutes stops it
-after a time, saving what there is. With several --devices, training uses all of them, and so many
---processes share encoding and trajectories. --smoke goes through all of it in minutes on a
-processor, with next to no training.
+text encoder, on their beginnings and then on all of them; a causal teacher, which begins with it,
+and its trajectories; the student through `ode`, stage 1 and stage 2, by configs/tiny_*.py. The last
+is packed as hfjax/assets/tiny, and all are scored. The same command goes on where it was stopped,
+inside a stage too; --minutes stops it after a time, saving what there is. With several --devices,
+training uses all of them, and so many --processes share encoding and trajectories. --smoke goes
+through all of it in minutes on a processor, with next to no training.
 """
 
 import argparse
@@ -28,16 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = (
-  "tokenizer", "vae", "vae_long", "clips", "teacher_short", "teacher", "trajectories", "ode",
-  "stage1", "stage2", "pack", "score", "report",
+  "tokenizer", "vae", "vae_long", "clips", "teacher_short", "teacher", "causal", "trajectories",
+  "ode", "stage1", "stage2", "pack", "score", "report",
 )  # fmt: skip
-TRAINED = ("vae", "vae_long", "teacher_short", "teacher", "ode", "stage1", "stage2")
+TRAINED = ("vae", "vae_long", "teacher_short", "teacher", "causal", "ode", "stage1", "stage2")
 SCORES = (
-  "student_accuracy", "teacher_accuracy", "stage1_accuracy", "vae_accuracy", "judge_accuracy",
+  "student_accuracy", "teacher_accuracy", "causal_accuracy", "ode_accuracy", "stage1_accuracy",
+  "vae_accuracy", "judge_accuracy",
 )  # fmt: skip
 VOCAB = 320
 FRAMES = 81
-STEPS_OF_TEACHER, GUIDANCE = 48, 3.0
+CHUNK, STEPS_OF_TEACHER, GUIDANCE = 3, 24, 2.0  # of the causal teacher
 # What is changed of the configs so that everything runs, and nothing is learnt; as much alike as
 # can be, so that what one stage compiles serves the next.
 _SMOKE = {
@@ -47,7 +48,8 @@ _SMOKE = {
   "stage1": {"distill.last": 2, "distill.most": 2, "data.made": 4},
 }
 _SMOKE |= {
-  "vae_long": _SMOKE["vae"], "teacher_short": _SMOKE["teacher"], "stage2": _SMOKE["stage1"],
+  "vae_long": _SMOKE["vae"], "teacher_short": _SMOKE["teacher"], "causal": _SMOKE["teacher"],
+  "stage2": _SMOKE["stage1"],
 }  # fmt: skip
 _SMOKE_ALL = {
   "steps": 2, "batch": 2, "validation.every": 0, "log.every": 1, "compute.dtype": "float32",
@@ -116,6 +118,16 @@ class Chain:
     )  # fmt: skip
     self.convert("teacher", self.weights / "teacher")
 
+  def causal(self):
+    before = self.weights / "teacher"
+    self.train(
+      "causal", **{
+        "init": before, "text.weights": before, "vae.weights": before,
+        "data.path": self.work / "clips",
+      },
+    )  # fmt: skip
+    self.convert("causal", self.weights / "causal")
+
   def trajectories(self):
     from hfjax.data import shapes
 
@@ -125,8 +137,8 @@ class Chain:
       "\n".join(shapes.prompts("train", 4 if few else self.args.trajectories, 1)) + "\n"
     )
     self.tool(
-      "make_trajectories", "--weights", self.weights / "teacher", "--prompts", prompts,
-      "--size", "128x128", "--frames", 6 if few else 21, "--teacher_steps",
+      "make_trajectories", "--weights", self.weights / "causal", "--prompts", prompts,
+      "--size", "128x128", "--frames", 6 if few else 21, "--chunk", CHUNK, "--teacher_steps",
       4 if few else STEPS_OF_TEACHER, "--guidance", GUIDANCE, "--negative_prompt", "",
       "--shift", 3,
       "--batch", 2 if few else 100, "--dtype", "float32" if few else "bfloat16",
@@ -134,7 +146,7 @@ class Chain:
     )  # fmt: skip
 
   def ode(self):
-    teacher = self.weights / "teacher"
+    teacher = self.weights / "causal"
     self.train(
       "ode", **{
         "init": teacher, "text.weights": teacher, "vae.weights": teacher,
@@ -165,7 +177,9 @@ class Chain:
       "--name", name, "--weights", self.weights / weights, *rest, *common
     )  # fmt: skip
     all_ = [
-      of("teacher_accuracy", "teacher", "--steps", 2 if few else 50, "--guidance", GUIDANCE),
+      of("teacher_accuracy", "teacher", *(("--steps", 2) if few else ())),
+      of("causal_accuracy", "causal", *(("--steps", 2) if few else ())),
+      of("ode_accuracy", "ode"),
       of("stage1_accuracy", "stage1"),
       of("student_accuracy", "stage2"),
       of("vae_accuracy", "vae_long", "--vae", "--prompts", 1 if few else 500),
@@ -228,8 +242,10 @@ class Chain:
     if (target / "whole").exists():
       return
     shutil.rmtree(target, ignore_errors=True)
-    preset = {"teacher": "shapes_teacher", "ode": "shapes_dense", "stage1": "shapes_dense",
-              "stage2": "shapes"}.get(name)  # fmt: skip
+    preset = {
+      "teacher": "shapes_teacher", "causal": "shapes_causal", "ode": "shapes_dense",
+      "stage1": "shapes_dense", "stage2": "shapes",
+    }.get(name)  # fmt: skip
     self.tool(
       "convert_checkpoint", self.work / name, target, "--ema", "--dtype", "bf16",
       *(["--preset", preset] if preset else []),

@@ -1,9 +1,10 @@
 """Makes trajectories of a teacher: `python tools/make_trajectories.py --weights DIR --prompts FILE
 --out DIR`.
 
-For each prompt a bidirectional transformer leads noise to clean latents; its states at the times of
-the student's steps are written, for the student to be begun with. What is cut short goes on with
-the same command. On several GPUs or machines, call it once for each, with --process 0/4 to 3/4.
+For each prompt a transformer leads noise to clean latents; its states at the times of the student's
+steps are written, for the student to be begun with. A bidirectional one does so at once, a causal
+one chunk by chunk (--chunk 3). What is cut short goes on with the same command. On several GPUs or
+machines, call it once for each, with --process 0/4 to 3/4.
 
 --import_lmdb DIR, instead of --weights and --prompts, takes what Self-Forcing's trainers wrote.
 """
@@ -34,7 +35,7 @@ def make(args: argparse.Namespace, options: dict):
   sizes = (args.frames, rows // 8, columns // 8)
   recipe = lambda channels: trajectories.Recipe(
     (*sizes, channels), command.numbers(args.steps), args.teacher_steps, args.shift, args.guidance,
-    args.seed,
+    args.seed, args.chunk,
   )  # fmt: skip
   recipe(1)  # checked before the weights are loaded
   encode = contexts.text_encoder(args.weights, args.dtype)
@@ -71,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
   flag("--import_lmdb", metavar="DIR", help="folder of LMDB to take over")
   flag("--count", type=int, help="only so many prompts")
   flag("--frames", type=int, default=21, help="latent frames")
+  flag(
+    "--chunk", type=int, default=0, help="frames of a chunk of a causal teacher; 0 if it is none"
+  )
   flag("--size", default="832x480", help="columns and rows of pixels, multiples of 16")
   flag("--steps", default="1000,750,500,250", help="the student's denoising steps")
   flag("--teacher_steps", type=int, default=48, help="Euler steps of the teacher")

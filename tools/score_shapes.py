@@ -1,11 +1,11 @@
 """Scores a model of the shapes world: `python tools/score_shapes.py --weights DIR --name NAME`.
 
 Makes videos of captions that no training has seen and judges their pixels: a video counts if every
-attribute of its caption is right in its 5 seconds before each of the times --at. Of a bidirectional
-transformer clips are made, of others streams; with --vae, clips go through the autoencoder alone,
-and with --truth they are judged as they are, which measures the judge.
-Figures go into --out under NAME_5s and so on, what they consist of into details/, and the first
-videos' contact sheets beside them.
+attribute of its caption is right in its 5 seconds before each of the times --at. By the preset of
+the weights, of bidirectional transformers clips are made, and of others streams; with --vae, clips
+go through the autoencoder alone, and with --truth they are judged as they are, which measures the
+judge. Figures go into --out under NAME_5s and so on, what they consist of into details/, and the
+first videos' contact sheets beside them.
 """
 
 import argparse
@@ -35,7 +35,6 @@ from hfjax.sampling.clip import WholeClip
 from hfjax.streaming import Stream
 from hfjax.video import Preview, write_image
 
-PRESET = SAMPLING_PRESETS["shapes"]
 FRAMES = 81  # that are judged by default, 5 seconds
 _SEED = 10_007  # of captions
 _SHOWN = 12
@@ -58,16 +57,21 @@ def windows(source: Any, ends: list[int], count: int) -> dict[int, np.ndarray]:
 
 def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str], seed: int) -> Any:
   """An iterator over frames of a batch of videos."""
-  size = (shapes.SIZE, shapes.SIZE)
-  if args.steps:
-    solver = MultistepSolver("unipc", args.steps, args.shift)
-    return WholeClip(
-      model, prompts, size=size, frames=args.frames, solver=solver, guidance=args.guidance,
-      negative_prompt="", seed=seed, dtype=args.dtype,
-    )  # fmt: skip
+  preset = SAMPLING_PRESETS[model.preset]
+  common = {
+    "size": (shapes.SIZE, shapes.SIZE), "negative_prompt": "", "seed": seed, "dtype": args.dtype,
+  }  # fmt: skip
+  solved = {}
+  if preset.solver:
+    shift = preset.shift if args.shift is None else args.shift
+    guidance = preset.guidance if args.guidance is None else args.guidance
+    solver = MultistepSolver(preset.solver, args.steps or preset.solver_steps, shift)
+    solved = {"solver": solver, "guidance": guidance}
+  if preset.bidirectional:
+    return WholeClip(model, prompts, frames=args.frames, **common, **solved)
   settings = {n: getattr(args, n) for n in ("window", "sink", "ratio", "variant")}
   settings = {name: value for name, value in settings.items() if value is not None}
-  return Stream(model, prompts, size=size, seed=seed, dtype=args.dtype, backend="xla", **settings)
+  return Stream(model, prompts, backend="xla", **common, **solved, **settings)
 
 
 def score(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     autoencoder = pipeline.load_autoencoder(args.weights, "full", args.dtype)
   elif not given:
     model = pipeline.load(args.weights, dtype=args.dtype)
+  streams = model is not None and not SAMPLING_PRESETS[model.preset].bidirectional
   errors: list[float] = []
   for start in tqdm(range(0, len(prompts), args.batch), disable=args.quiet, unit="batch"):
     chosen = prompts[start : start + args.batch]
@@ -107,7 +112,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
   for at, end in zip(args.at, ends, strict=True):
     videos = np.concatenate(found[end])
     result = shapes_score.score(prompts, shapes_score.look(videos, args.workers))
-    name = args.name + (f"_{at:g}s" if not args.steps and not given else "")
+    name = args.name + (f"_{at:g}s" if streams else "")
     details = {**result.to_json(), "seconds_to_make": made}
     if args.vae:
       details |= {"psnr_db": float(np.mean(errors)), "psnr_db_deviation": float(np.std(errors))}
@@ -154,9 +159,9 @@ def main(argv: list[str] | None = None) -> int:
   flag("--batch", type=int, default=50, help="videos that are made at once")
   flag("--vae", action="store_true", help="score the autoencoder alone")
   flag("--truth", action="store_true", help="score true clips, by which the judge is measured")
-  flag("--steps", type=int, default=0, help="of a bidirectional transformer's solver")
-  flag("--guidance", type=float, default=3.0, help="of a bidirectional transformer")
-  flag("--shift", type=float, default=PRESET.shift, help="of times of a bidirectional transformer")
+  flag("--steps", type=int, default=0, help="of a teacher's solver; its preset's by default")
+  flag("--guidance", type=float, help="of a teacher, likewise")
+  flag("--shift", type=float, help="of times of a teacher, likewise")
   flag("--window", type=int, help="of a stream, as the next three; else the model's")
   flag("--sink", type=int)
   flag("--ratio", type=float)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +19,12 @@ from hfjax.data.sources import Prompts, Source
 from hfjax.diffusion import guidance as guiding
 from hfjax.diffusion.schedule import FlowSchedule
 from hfjax.distill import teacher
-from hfjax.models import wan
+from hfjax.models import causal, wan
+from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
+from hfjax.streaming.config import StreamConfig
+from hfjax.streaming.state import begin_chunk, init_state
+from hfjax.streaming.step import commit, denoise
 
 # States `[b s f y x c]` of trajectories from noise `[b f y x c]` under contexts `[b t w]`.
 Trace = Callable[[Array, Array], Array]
@@ -33,8 +38,11 @@ class Recipe:
   steps: nominal denoising steps of the student, at whose times states are kept: 1000 is noise.
   teacher_steps: Euler steps of the teacher. shift: of its schedule, and the student's.
   guidance: of the teacher; 1 for none. seed: of the noise.
+  chunk: frames of a chunk, where the teacher is causal and leads one after the other to its end,
+    which the next ones see; 0 for a bidirectional teacher.
 
-  Raises DataError if the teacher does not pass through the student's times.
+  Raises DataError if the teacher does not pass through the student's times, or the frames do not
+  fill whole chunks.
   """
 
   shape: tuple[int, int, int, int]
@@ -43,6 +51,7 @@ class Recipe:
   shift: float = 5.0
   guidance: float = 5.0
   seed: int = 0
+  chunk: int = 0
 
   def __post_init__(self):
     if len(self.shape) != 4 or min(self.shape) < 1:
@@ -50,6 +59,8 @@ class Recipe:
     try:
       teacher.kept_states(self.schedule, self.steps)
       guiding.count_texts(self.guidance)
+      if self.chunk:
+        causal.chunk_spans(self.shape[0], self.chunk)
     except ValueError as e:
       raise DataError(str(e)) from e
 
@@ -68,6 +79,17 @@ class Recipe:
     """Times of the kept states, 0 for the clean one."""
     return (*FlowSchedule(self.shift).warp(self.steps), 0.0)
 
+  def stream(self, config: WanConfig, dtype: Any) -> StreamConfig:
+    """Of a causal teacher, whose window is as long as the clip."""
+    frames, rows, columns, _ = self.shape
+    geometry = Geometry(
+      rows, columns, chunk=self.chunk, window=frames, sink=0, rope_cap=frames, patch=config.patch,
+      variant="reference_dense",
+    )  # fmt: skip
+    return StreamConfig(
+      config, geometry, shift=self.shift, guidance=self.guidance, dtype=jnp.dtype(dtype).name,
+    )  # fmt: skip
+
   def noise(self, index: int) -> Float[np.ndarray, "f y x c"]:
     """Where a trajectory begins; float32, each number one that float16 has, as it is stored so."""
     noise = np.random.default_rng([self.seed, index]).standard_normal(self.shape, np.float32)
@@ -81,7 +103,7 @@ def tracer(
   negative: Float[Array, "1 t w"] | None,
   dtype: Any = jnp.bfloat16,
 ) -> Trace:
-  """Trajectories of a bidirectional transformer.
+  """Trajectories of a transformer; in chunks, it streams with dense attention to all that was.
 
   negative: context that guidance leads away from; not used at guidance 1. dtype: of computing.
   """
@@ -93,8 +115,12 @@ def tracer(
     text = guiding.join_texts(
       config, jnp.asarray(context), negative if guided else None, recipe.guidance
     )
+    dtype_ = jnp.dtype(dtype)
+    if recipe.chunk:
+      stream = recipe.stream(config, dtype_)
+      return _trace_stream(stream, recipe.schedule, recipe.keep, params, noise, text)
     return _trace(
-      config, recipe.schedule, recipe.keep, jnp.dtype(dtype), params, noise, text, recipe.guidance
+      config, recipe.schedule, recipe.keep, dtype_, params, noise, text, recipe.guidance
     )
 
   return trace
@@ -111,6 +137,26 @@ def _trace(config, schedule, keep, dtype, params, noise, text, guidance):
     return (both, both) if texts == 1 else tuple(jnp.split(both, 2))
 
   return teacher.trace(flows, noise, schedule, guidance, keep)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _trace_stream(config: StreamConfig, schedule, keep, params, noise, text):
+  c = config.geometry.chunk
+  chunks = jnp.moveaxis(noise.reshape(len(noise), -1, c, *noise.shape[2:]), 1, 0)
+
+  def one(state, start):
+    chunk = begin_chunk(config, state)
+
+    def flows(x, t, i):
+      guided = denoise(config, params, chunk, x, t)
+      return guided, guided
+
+    states = teacher.trace(flows, start, schedule, 1.0, keep)
+    return commit(config, params, chunk, states[:, -1]), states
+
+  keys = wan.text_keys(config.model, params, text, config.compute_dtype)
+  _, states = jax.lax.scan(one, init_state(config, keys), chunks)
+  return einops.rearrange(states, "k b s c y x z -> b s (k c) y x z")
 
 
 def load_teacher(weights: str | Path, dtype: Any = jnp.bfloat16) -> tuple[WanConfig, wan.Params]:
@@ -156,7 +202,8 @@ def write(
   if with_context and count:
     arrays["context"] = contexts.context_array(encode or source)
   made = dataclasses.asdict(recipe)
-  del made["shape"]
+  for name in ("shape", *(() if recipe.chunk else ("chunk",))):
+    del made[name]
   about = {**made, "times": recipe.times, "prompts": contexts.identity(source), "model": model}
   plan = shards.Plan(
     "trajectories", count, arrays, about | {"negative": negative}, per_shard, command

@@ -78,6 +78,21 @@ SAMPLING_PRESETS = {
     prompt=_SHAPES,
     world="shapes",
   ),
+  # A causal teacher of it, which streams in many steps.
+  "shapes_causal": SamplingPreset(
+    window=21,
+    sink=1,
+    steps=(),
+    solver="unipc",
+    solver_steps=24,
+    guidance=2.0,
+    shift=3.0,
+    variant="reference_dense",
+    size=(128, 128),
+    negative="",
+    prompt=_SHAPES,
+    world="shapes",
+  ),
   # Its teacher, before distillation, which was taught with an empty prompt beside the captions.
   "shapes_teacher": SamplingPreset(
     window=21,

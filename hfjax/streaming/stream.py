@@ -12,7 +12,7 @@ from jaxtyping import Array, UInt8
 
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models.geometry import Geometry
-from hfjax.models.sampling_presets import SAMPLING_PRESETS
+from hfjax.models.sampling_presets import SAMPLING_PRESETS, SamplingPreset
 from hfjax.streaming import snapshot
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.latent_stream import KEPT, LatentStream
@@ -203,7 +203,7 @@ def configure(
   own = {"block": preset.block, "ratio": preset.ratio}
   if not preset.bidirectional:
     own |= {"window": preset.window, "sink": preset.sink}
-    stream = {"steps": preset.steps, "shift": preset.shift} | stream
+    stream = {"shift": preset.shift, **({} if "steps" in stream else _denoising(preset))} | stream
   rest |= {name: x for name, x in own.items() if x is not None and name not in rest}
   try:
     geometry = Geometry(height, width, patch=model.config.patch, **rest)
@@ -213,6 +213,14 @@ def configure(
     ) from e
   dtype = dtype or default_dtype()
   return StreamConfig(model.config, geometry, dtype=dtype, backend=backend, **stream)
+
+
+def _denoising(preset: SamplingPreset) -> dict[str, Any]:
+  """How weights denoise that stream."""
+  if preset.solver is None:
+    return {"steps": preset.steps}
+  solver = MultistepSolver(preset.solver, preset.solver_steps, preset.shift)
+  return {"solver": solver, "guidance": preset.guidance}
 
 
 def default_dtype() -> str:

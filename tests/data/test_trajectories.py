@@ -12,10 +12,11 @@ from hfjax.data import contexts, lmdb_pairs, trajectories
 from hfjax.data.loading import open_source
 from hfjax.data.rejects import DataError
 from hfjax.data.sources import Prompts
+from hfjax.models import causal, wan
 from hfjax.models.presets import PRESETS
 from hfjax.pipeline import RandomText
 from tests.data.helpers import states, write_lmdb
-from tests.helpers import MODEL
+from tests.helpers import MODEL, random_params
 
 SHAPE = (2, 4, 4, 4)
 RECIPE = trajectories.Recipe(SHAPE, teacher_steps=8, guidance=2.0, seed=5)
@@ -136,6 +137,7 @@ def test_what_makes_no_trajectories_is_refused(tmp_path):
     (lambda: trajectories.Recipe(SHAPE, teacher_steps=10), "a multiple of 4 steps"),
     (lambda: trajectories.Recipe((2, 4, 4)), "four sizes"),
     (lambda: trajectories.Recipe(SHAPE, guidance=-1), "guidance"),
+    (lambda: trajectories.Recipe(SHAPE, chunk=3), "2 frames do not divide into chunks of 3"),
     (lambda: trajectories.tracer(MODEL, None, RECIPE, None), "needs the context of a negative"),
   ):
     with pytest.raises(DataError, match=sentence):
@@ -167,6 +169,46 @@ def test_the_teacher_is_led_by_its_guidance(guidance, monkeypatch):
   for i in range(2):
     x = x + (sigmas[i + 1] - sigmas[i]) * (0.3 * x + sigmas[i] + led)
     np.testing.assert_allclose(got[:, i + 1], x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_causal_teacher_leads_each_chunk_after_the_ends_of_those_before(guidance):
+  recipe = trajectories.Recipe((6, 4, 6, 4), (1000, 500), 4, 3.0, guidance, chunk=2)
+  params = random_params()
+  negative = None if guidance == 1 else ENCODE(["not this"])
+  texts = ENCODE(["a red square", "two"])
+  noise = np.random.default_rng(0).standard_normal((2, *recipe.shape)).astype(np.float32)
+  got = trajectories.tracer(MODEL, params, recipe, negative, "float32")(noise, texts)
+  # By whole clips with clean pasts, without a stream's keys and values.
+  plan, sigmas = causal.teacher_forcing(6, 2), [1, 9 / 10, 3 / 4, 1 / 2, 0]
+  rows = [texts] if guidance == 1 else [texts, np.repeat(negative, 2, axis=0)]
+  flow = lambda x, sigma, clean: [
+    np.asarray(wan.predict_flow(MODEL, params, x, jnp.full((2,), 1000 * sigma), text, plan=plan,
+                                clean=clean)) for text in rows
+  ]  # fmt: skip
+  clean, want = np.zeros_like(noise), [np.array(noise), None]
+  for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+    x = np.array(noise)
+    for i in range(4):
+      if i == 2:
+        want[1] = np.array(x) if want[1] is None else want[1]
+        want[1][:, part] = x[:, part]
+      conditional, *other = flow(x, sigmas[i], clean)
+      led = other[0] + guidance * (conditional - other[0]) if other else conditional
+      x = x + (sigmas[i + 1] - sigmas[i]) * led
+    clean[:, part] = x[:, part]
+  for i, states_ in enumerate([*want, clean]):
+    np.testing.assert_allclose(got[:, i], states_, rtol=1e-4, atol=1e-4)
+
+
+def test_folders_of_causal_teachers_are_told_from_others(tmp_path):
+  recipe = trajectories.Recipe(SHAPE, teacher_steps=8, guidance=2.0, seed=5, chunk=2)
+  trajectories.write(tmp_path / "causal", PROMPTS, ENCODE, trace, recipe)
+  assert open_source("trajectories", tmp_path / "causal").about["chunk"] == 2
+  trajectories.write(tmp_path / "whole", PROMPTS, ENCODE, trace, RECIPE)
+  assert "chunk" not in open_source("trajectories", tmp_path / "whole").about
+  with pytest.raises(DataError, match="chunk"):
+    trajectories.write(tmp_path / "causal", PROMPTS, ENCODE, trace, RECIPE, per_shard=2)
 
 
 def test_fingerprints_tell_weights_apart():
