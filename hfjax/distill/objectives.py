@@ -48,7 +48,9 @@ class Distillation:
   vae: encodes the first latent of clips anew; None leaves it as it is, for latents of no video.
   decoded: chunks that are decoded for that at most; 0 for all, see `clip.first_of_clip`.
   most, last: chunks of a rollout at most, and at its end those that carry gradients.
-  last_step_only: every rollout takes all denoising steps; else how many is drawn.
+  first_exit: the denoising step from which on one is drawn that a rollout is taken at, counted from
+    0; the last is what published code calls last_step_only. What few steps give is another
+    distribution than a stream's, and one critic learns all of them.
   guidance: of the teacher's score, by `guidance_form`: away from the conditional prediction,
     `c + s (c - u)`, as published (quirk 14), or from the unconditional one, `u + s (c - u)`.
   critic_guidance: of the critic's, `c + s (c - u)`; 0 for none.
@@ -75,7 +77,7 @@ class Distillation:
   vae: VaeConfig | None
   most: int = 18
   last: int = 7
-  last_step_only: bool = False
+  first_exit: int = 0
   guidance: float = 3.0
   guidance_form: str = "conditional"
   critic_guidance: float = 0.0
@@ -114,6 +116,11 @@ class Distillation:
       raise ValueError(
         f"The form of guidance is {self.guidance_form!r}; choose one of "
         f"{', '.join(GUIDANCE_FORMS)}."
+      )
+    if not 0 <= self.first_exit < len(self.stream.steps):
+      raise ValueError(
+        f"Rollouts would be taken at denoising steps from {self.first_exit} on, of "
+        f"{len(self.stream.steps)} that are counted from 0; give 0 to {len(self.stream.steps) - 1}."
       )
     if self.decoded < 0:
       raise ValueError(f"{self.decoded} chunks are to be decoded; give 1 or more, or 0 for all.")
@@ -217,11 +224,9 @@ class Distillation:
   def steer(self, key: PRNGKeyArray) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Chunks of a rollout, and the step it is taken at."""
     one, two = jax.random.split(key)
-    steps = len(self.stream.steps)
-    first = steps - 1 if self.last_step_only else 0
     return (
       jax.random.randint(one, (), self.last, self.most + 1),
-      jax.random.randint(two, (), first, steps),
+      jax.random.randint(two, (), self.first_exit, len(self.stream.steps)),
     )
 
   def roll(

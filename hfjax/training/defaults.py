@@ -67,7 +67,7 @@ def default_config() -> ConfigDict:
   c.distill.generator_every = 5  # steps from one update of the student to the next
   c.distill.last = 7
   c.distill.most = 18
-  c.distill.last_step_only = False
+  c.distill.first_exit = 0  # the denoising step
   c.distill.guidance = 3.0
   c.distill.guidance_form = "conditional"
   c.distill.critic_guidance = 0.0

@@ -71,11 +71,10 @@ def operations(plan: Plan, part: str) -> float:
   o, m, shape = plan.objective, plan.student, plan.latent_shape
   if isinstance(o, Distillation):
     count = flops.critic_step if part == "critic" else flops.generator_step
-    first = len(o.stream.steps) - 1 if o.last_step_only else 0
     cases = [
       count(o, chunks, step)
       for chunks in range(o.last, o.most + 1)
-      for step in range(first, len(o.stream.steps))
+      for step in range(o.first_exit, len(o.stream.steps))
     ]
     return plan.config.batch * sum(cases) / len(cases)
   tokens = math.prod(shape[:3]) // math.prod(m.patch)

@@ -128,7 +128,8 @@ def test_each_option_changes_the_loss():
 
 def test_steering_covers_all_rollouts_alike():
   keys = jax.random.split(jax.random.key(0), 3000)
-  for o, exits in ((PLAIN, (0, 1, 2)), (dataclasses.replace(PLAIN, last_step_only=True), (2,))):
+  for first, exits in ((0, (0, 1, 2)), (1, (1, 2)), (2, (2,))):
+    o = dataclasses.replace(PLAIN, first_exit=first)
     chunks, steps = jax.vmap(o.steer)(keys)
     pairs, counts = np.unique(np.stack([chunks, steps]), axis=1, return_counts=True)
     want = list(itertools.product(range(LAST, MOST + 1), exits))
@@ -216,6 +217,8 @@ def test_networks_compute_in_the_dtype_that_was_asked_for(monkeypatch):
     ({"last": 5}, "Gradients of 5 of 4 chunks"),
     ({"last": 0}, "ask for 1 to 4"),
     ({"guidance_form": "cfg"}, "'cfg'; choose one of conditional, unconditional"),
+    ({"first_exit": 3}, "steps from 3 on, of 3 that are counted from 0; give 0 to 2"),
+    ({"first_exit": -1}, "steps from -1 on"),
     ({"guided_below": 1001}, "guided up to timestep 1001; give 0 to 1000"),
     ({"times_shift": 0.5}, "shift of times of scores is 0.5; give at least 1"),
     ({"lowest": 500, "highest": 500}, "from timestep 500 to 500"),
