@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hfjax import parallel, pipeline
-from hfjax.distill.objectives import Distillation, Frozen, Texts
+from hfjax.distill.inputs import Texts
+from hfjax.distill.objectives import Distillation, Frozen
 from hfjax.models import vae, wan
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import preset

@@ -15,22 +15,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from hfjax.diffusion.guidance import guide
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
 from hfjax.distill import clip, losses, teacher
+from hfjax.distill.inputs import Figures, Texts
 from hfjax.distill.rollout import Rollout, StreamStudent, roll_out
+from hfjax.distill.supervised import Regression
 from hfjax.models import wan
 from hfjax.models.presets import WanConfig
 from hfjax.models.vae import VaeConfig
 from hfjax.streaming.config import StreamConfig
 from hfjax.streaming.step import ChunkNoise, draw_noise
 
-Figures = dict[str, Array]
 GUIDANCE_FORMS = ("conditional", "unconditional")
-
-
-class Texts(NamedTuple):
-  """Encoded prompts of a batch, and the negative prompt, all of full length."""
-
-  context: Float[Array, "b t w"]
-  negative: Float[Array, "one t w"]
 
 
 class Frozen(NamedTuple):
@@ -58,6 +52,9 @@ class Distillation:
     that a prompt may show, from which guidance leads away, and the student with it.
   lowest, highest: timesteps that scores are compared at.
   times_shift: shift of the schedule that they are drawn from; None for the student's.
+  regression_weight: in the sum, of regression on given trajectories, along which the student
+    streams; 0 for none. Distribution matching forgets what the student shows seldom or not well,
+    and this keeps it.
   reflow_weight: of regression to the teacher's trajectory in the sum; 0 for none.
   reflow_steps, reflow_stop, reflow_guidance: of the trajectory: Euler steps, those that are taken
     before the result is extrapolated (all by default), and `u + s (c - u)` of its flow.
@@ -85,6 +82,7 @@ class Distillation:
   lowest: float = losses.LOWEST
   highest: float = losses.HIGHEST
   times_shift: float | None = None
+  regression_weight: float = 0.0
   reflow_weight: float = 0.0
   reflow_steps: int = 25
   reflow_stop: int | None = None
@@ -144,6 +142,10 @@ class Distillation:
         f"The student makes latents of {student.out_dim} channels, and the autoencoder has "
         f"{self.vae.z_dim}; bring the two that were trained together."
       )
+    if not self.regression_weight >= 0:
+      raise ValueError(
+        f"The weight of regression is {self.regression_weight}; give at least 0, which is none."
+      )
     if self.reflow_weight < 0 or self.reflow_steps < 1:
       raise ValueError(
         f"Reflow has a weight of {self.reflow_weight} and {self.reflow_steps} steps; give at least "
@@ -166,13 +168,27 @@ class Distillation:
     """By which flows of critic and teacher become latents."""
     return self.schedule if self.score_shift is None else FlowSchedule(self.score_shift)
 
-  def generator_loss(
-    self, params: Any, critic: Any, frozen: Frozen, texts: Texts, key: PRNGKeyArray
-  ) -> tuple[Float[Array, ""], Figures]:
-    """Distribution matching of a rollout's last chunks, plus `reflow_weight` times reflow.
+  @property
+  def regression(self) -> Regression:
+    """Of a student that streams along trajectories."""
+    return Regression(self.stream, forcing="stream")
 
-    params: the student's, which alone carry gradients. Figures: both losses, the mean size of the
-    score difference, chunks and exit step.
+  def generator_loss(
+    self,
+    params: Any,
+    critic: Any,
+    frozen: Frozen,
+    texts: Texts,
+    key: PRNGKeyArray,
+    trajectory: Float[Array, "b s f y x c"] | None = None,
+  ) -> tuple[Float[Array, ""], Figures]:
+    """Distribution matching of a rollout's last chunks, plus `reflow_weight` times reflow and
+    `regression_weight` times regression.
+
+    params: the student's, which alone carry gradients. trajectory: that regression takes, of the
+    same prompts. Figures: all losses, the mean size of the score difference, chunks and exit step.
+
+    Raises ValueError if a trajectory is missing.
     """
     steering, noise_key, score_key = jax.random.split(key, 3)
     reflows = self.reflow_weight > 0
@@ -193,12 +209,20 @@ class Distillation:
       "chunks": chunks,
       "exit_step": exit_step,
     }
+    total = matching
+    if self.regression_weight:
+      if trajectory is None:
+        raise ValueError("Regression needs trajectories of the prompts, and there are none.")
+      apart = jax.random.fold_in(key, 1)
+      regression, _ = self.regression.loss(params, trajectory, texts, apart)
+      figures["regression_loss"] = regression
+      total = total + self.regression_weight * regression
     if not reflows:
-      return matching, figures
+      return total, figures
     reflow, counted = self._reflow(rolled, frozen.teacher, texts, start, exit_step, mask)
     # Where reflow did not take part there is nothing to log.
     figures["reflow_loss"] = jnp.where(counted, reflow, jnp.nan)
-    return matching + self.reflow_weight * jnp.where(counted, reflow, 0), figures
+    return total + self.reflow_weight * jnp.where(counted, reflow, 0), figures
 
   def critic_loss(
     self, critic: Any, params: Any, frozen: Frozen, texts: Texts, key: PRNGKeyArray

@@ -1,4 +1,5 @@
-"""Self-forcing rollouts: a student's own stream, the last chunks of which carry gradients.
+"""Rollouts: self-forcing, a student's own stream, the last chunks of which carry gradients; and
+streams along given clips.
 
 Spec sections 8.4 and 8.5. How many chunks there are and at which denoising step they are taken are
 traced numbers, so that one compilation serves all of them.
@@ -169,3 +170,31 @@ def roll_out(
   (_, all_), (latents, starts) = jax.lax.scan(with_gradient, carry, jnp.arange(last))
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, last * frames, *rest)
   return Rollout(join(latents), None if starts is None else join(starts), all_)
+
+
+def follow(
+  student: Student,
+  params: Any,
+  x: Float[Array, "b kc y x z"],
+  steps: Int[Array, "b k"],
+  clean: Float[Array, "b kc y x z"],
+) -> Float[Array, "b kc y x z"]:
+  """What a student predicts of each of k chunks of noisy latents, as it streams along clean ones.
+
+  x: each chunk at its denoising step. clean: what is committed in place of the predictions.
+  Gradients flow through one forward of each chunk; its past is a constant.
+  """
+  times = jnp.asarray(student.timesteps, jnp.float32)
+  sigmas = jnp.asarray(student.sigmas, jnp.float32)
+  frozen, count = jax.lax.stop_gradient(params), steps.shape[1]
+  chunks = lambda y: jnp.moveaxis(y.reshape(len(y), count, -1, *y.shape[2:]), 1, 0)
+
+  def one(state, inputs):
+    noisy, step, end = inputs
+    chunk = student.begin(state)
+    flow = student.flow(params, chunk, noisy, times[step], True)
+    x0 = schedule.remove_flow(noisy, flow, sigmas[step].reshape(-1, 1, 1, 1, 1))
+    return jax.lax.stop_gradient(student.commit(frozen, chunk, end)), x0
+
+  _, x0 = jax.lax.scan(one, student.init(frozen), (chunks(x), steps.T, chunks(clean)))
+  return jnp.moveaxis(x0, 0, 1).reshape(x.shape)

@@ -11,12 +11,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
 from hfjax.distill import losses
-from hfjax.distill.objectives import Figures, Texts
+from hfjax.distill.inputs import Figures, Texts
+from hfjax.distill.rollout import StreamStudent, follow
 from hfjax.models import causal, wan
 from hfjax.models.presets import WanConfig
 from hfjax.streaming.config import StreamConfig
 
-FORCINGS = ("none", "teacher")
+FORCINGS = ("none", "teacher", "stream")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Regression:
   """Causal regression on a teacher's trajectories, so that few steps suffice (spec section 8.9).
 
   stream: of the student, whose model, chunk, denoising steps and dtype are used; attention is dense
-    and causal over all frames.
+    and causal over all frames, except with the forcing "stream".
   first_clean: the first frame is given, clean and a chunk of its own (image conditioning).
-  forcing: "teacher" shows each chunk the clean ends of those before it, as a stream does; with
-    "none", as published, it sees their states, at the step that each of them has drawn.
+  forcing: "teacher" shows each chunk the clean ends of those before it; with "none", as published,
+    it sees their states, at the step that each of them has drawn. "stream" lets the student stream
+    along the clean ends, with its window, sparse attention and memory, one chunk after the other;
+    no gradient flows through the past.
   unroll: blocks that a step of the loop over them holds.
 
   Raises ValueError on values out of range.
@@ -42,8 +45,8 @@ class Regression:
     _check_forcing(self.forcing)
     if self.first_clean and self.forcing != "none":
       raise ValueError(
-        "With teacher forcing the first frame is no chunk of its own; leave first_clean off, or "
-        "the forcing at none."
+        f"With the forcing {self.forcing} the first frame is no chunk of its own; leave "
+        "first_clean off, or the forcing at none."
       )
 
   def loss(
@@ -63,43 +66,53 @@ class Regression:
         f"The trajectories hold {states} states, and {steps} denoising steps need {steps + 1}, the "
         "clean latents at the end; make them anew for these steps."
       )
-    index = self._draw_steps(key, b, frames)
+    drawn = self._draw_steps(key, b, frames)
+    index = self._of_frames(drawn, frames)
     rows = jnp.arange(b)[:, None]
     x = trajectory[rows, index, jnp.arange(frames)].astype(jnp.float32)
     clean = trajectory[:, -1]
-    t = jnp.asarray((*c.timesteps, 0.0), jnp.float32)[index]
+    if self.forcing == "stream":
+      predicted = follow(StreamStudent(c, texts.context), params, x, drawn, clean)
+    else:
+      predicted = self._of_clip(params, x, index, clean, texts)
+    where = lambda chosen: chosen.reshape(b, frames, 1, 1, 1)
+    counts = where(index < steps)
+    each = [losses.regression_loss(predicted, clean, where(index == i)) for i in range(steps)]
+    there = [jnp.any(index == i) for i in range(steps)]
+    figures = {
+      f"loss_step{i}": jnp.where(here, x, jnp.nan)
+      for i, (x, here) in enumerate(zip(each, there, strict=True))
+    }
+    return losses.regression_loss(predicted, clean, counts), figures
+
+  def _of_clip(self, params, x, index, clean, texts: Texts) -> Float[Array, "b f y x c"]:
+    """What is predicted of all chunks at once."""
+    c, (b, frames) = self.stream, index.shape
     options: dict[str, Any] = {
       "plan": causal.block_causal(frames, c.geometry.chunk, first_alone=self.first_clean)
     }
     if self.forcing == "teacher":
       options = {"plan": causal.teacher_forcing(frames, c.geometry.chunk), "clean": clean}
+    t = jnp.asarray((*c.timesteps, 0.0), jnp.float32)[index]
     flow = wan.predict_flow(
       c.model, params, x, t, texts.context, dtype=c.compute_dtype, remat=c.remat,
       unroll=self.unroll, **options,
     )  # fmt: skip
-    sigma = jnp.asarray(c.sigmas, jnp.float32)[index].reshape(b, frames, 1, 1, 1)
-    predicted = x - sigma * flow
-    counts = (index < steps).reshape(sigma.shape)
-    each = [
-      losses.regression_loss(predicted, clean, (index == i).reshape(sigma.shape))
-      for i in range(steps)
-    ]
-    drawn = [jnp.any(index == i) for i in range(steps)]
-    figures = {
-      f"loss_step{i}": jnp.where(there, x, jnp.nan)
-      for i, (x, there) in enumerate(zip(each, drawn, strict=True))
-    }
-    return losses.regression_loss(predicted, clean, counts), figures
+    return x - jnp.asarray(c.sigmas, jnp.float32)[index].reshape(b, frames, 1, 1, 1) * flow
 
-  def _draw_steps(self, key, batch: int, frames: int) -> Int[Array, "b f"]:
-    """A denoising step for each frame, one for each chunk; behind the last for clean frames."""
-    steps = len(self.stream.steps)
-    spans = causal.chunk_spans(frames, self.stream.geometry.chunk, self.first_clean)
+  def _draw_steps(self, key, batch: int, frames: int) -> Int[Array, "b k"]:
+    """A denoising step for each chunk; behind the last for a clean one."""
+    steps, spans = len(self.stream.steps), self._spans(frames)
     drawn = jax.random.randint(key, (batch, len(spans)), 0, steps)
-    if self.first_clean:
-      drawn = drawn.at[:, 0].set(steps)
-    lengths = jnp.array([stop - start for start, stop in spans])
+    return drawn.at[:, 0].set(steps) if self.first_clean else drawn
+
+  def _of_frames(self, drawn: Int[Array, "b k"], frames: int) -> Int[Array, "b f"]:
+    """The same for each frame."""
+    lengths = jnp.array([stop - start for start, stop in self._spans(frames)])
     return jnp.repeat(drawn, lengths, axis=1, total_repeat_length=frames)
+
+  def _spans(self, frames: int):
+    return causal.chunk_spans(frames, self.stream.geometry.chunk, self.first_clean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +144,7 @@ class FlowMatching:
   unroll: int = 1
 
   def __post_init__(self):
-    _check_forcing(self.forcing)
+    _check_forcing(self.forcing, FORCINGS[:2])
     if not 0 <= self.drop_text <= 1:
       raise ValueError(f"The share of dropped texts is {self.drop_text}; give 0 to 1.")
     if not 0 <= self.context_noise <= TRAIN_TIMESTEPS:
@@ -181,6 +194,6 @@ class FlowMatching:
     return jax.random.bernoulli(jax.random.split(key, 4)[1], float(self.drop_text), (batch,))
 
 
-def _check_forcing(forcing: str):
-  if forcing not in FORCINGS:
-    raise ValueError(f"The forcing is {forcing!r}; choose one of {', '.join(FORCINGS)}.")
+def _check_forcing(forcing: str, known: tuple[str, ...] = FORCINGS):
+  if forcing not in known:
+    raise ValueError(f"The forcing is {forcing!r}; choose one of {', '.join(known)}.")

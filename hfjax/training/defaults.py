@@ -75,6 +75,7 @@ def default_config() -> ConfigDict:
   c.distill.lowest = 20.0
   c.distill.highest = 980.0
   c.distill.times_shift = 0.0  # 0 for the student's
+  c.distill.regression_weight = 0.0  # on trajectories, which data.path then holds, with prompts
   c.distill.reflow_weight = 0.0
   c.distill.reflow_steps = 25
   c.distill.reflow_stop = 0  # 0 for all steps

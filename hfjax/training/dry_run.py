@@ -69,14 +69,18 @@ def dry_run(plan: Plan, say: Callable[[str], None]):
 def operations(plan: Plan, part: str) -> float:
   """Of an update, on average over what is drawn; of all samples together."""
   o, m, shape = plan.objective, plan.student, plan.latent_shape
+  chunks = plan.config.ode.frames // plan.stream.geometry.chunk
   if isinstance(o, Distillation):
     count = flops.critic_step if part == "critic" else flops.generator_step
     cases = [
-      count(o, chunks, step)
-      for chunks in range(o.last, o.most + 1)
+      count(o, length, step)
+      for length in range(o.last, o.most + 1)
       for step in range(o.first_exit, len(o.stream.steps))
     ]
-    return plan.config.batch * sum(cases) / len(cases)
+    followed = flops.follow(o.stream, chunks) if part == "student" and o.regression_weight else 0
+    return plan.config.batch * (sum(cases) / len(cases) + followed)
+  if isinstance(o, Regression) and o.forcing == "stream":
+    return plan.config.batch * flops.follow(o.stream, chunks)
   tokens = math.prod(shape[:3]) // math.prod(m.patch)
   chunk = tokens // shape[0] * plan.stream.geometry.chunk
   causal = plan.causal

@@ -13,16 +13,15 @@ from jax.experimental import multihost_utils
 from hfjax.data import contexts, loading, made, shapes, sources, trajectories
 from hfjax.data.rejects import NAMED, DataError
 from hfjax.data.resident import Resident
-from hfjax.distill.objectives import Texts
+from hfjax.distill.inputs import Texts
 from hfjax.distill.reconstruction import Reconstruction
 from hfjax.training.plan import Plan
 from hfjax.training.progress import Progress
-from hfjax.training.stages import ARRAYS, Batch, Tokens, put, put_negative
+from hfjax.training.stages import Batch, Tokens, array_of, put, put_negative
 from hfjax.training.weights import Encoder, TrainedText, load_teacher
 
-_KINDS = {
-  "vae": "clips", "flow": "videos", "ode": "trajectories", "dmd": "prompts", "hybrid": "prompts",
-}  # fmt: skip
+# What data are called, by what they hold beside prompts.
+_KINDS = {"video": "clips", "latents": "videos", "trajectory": "trajectories", None: "prompts"}
 
 
 class Feed:
@@ -43,7 +42,7 @@ class Feed:
         f"A batch of {c.batch} does not divide among {processes} processes; make it a multiple."
       )
     source = _open(plan, encode, workdir, say, quiet)
-    name = ARRAYS.get(plan.stage)
+    name = array_of(plan)
     self._opened = source
     self.source = source
     if c.data.resident:
@@ -74,7 +73,7 @@ class Feed:
       self._keep_texts(self.source)
 
   def __call__(self) -> Batch:
-    name, raw = ARRAYS.get(self.plan.stage), next(self._batches)
+    name, raw = array_of(self.plan), next(self._batches)
     if isinstance(self.source, Resident):
       return self._fetched(self.source, raw)
     texts = None if self.plan.stage == "vae" else self._texts(raw)
@@ -107,7 +106,7 @@ class Feed:
       source.add("length", length)
       return
     room = len(prompts) * student.text_len * student.text_dim * 4
-    if self.plan.stage in ARRAYS and room > source.nbytes:
+    if array_of(self.plan) is not None and room > source.nbytes:
       return
     if self.has_contexts:
       source.add("context", self._checked(np.stack(source.pop("context"))))
@@ -211,7 +210,7 @@ def _open(plan: Plan, encode: Encoder | None, workdir: Path, say, quiet: bool) -
     prompts = (made.made_prompts() * -(-c.data.made // len(made.made_prompts())))[: c.data.made]
     if plan.stage == "flow":
       return made.made_latents(*plan.latent_shape, count=c.data.made, seed=c.seed)
-    if plan.distills:
+    if plan.trajectory_shape is None:
       return sources.Prompts(prompts)
     assert encode is not None
     path = _make_trajectories(plan, encode, workdir, prompts, say, quiet)
@@ -224,15 +223,17 @@ def _open(plan: Plan, encode: Encoder | None, workdir: Path, say, quiet: bool) -
     expect = {"video": (None, *_clip_shape(plan)[1:])}
   elif plan.stage == "flow":
     expect = {"latents": (None, *plan.latent_shape[1:])}
-  elif plan.stage == "ode":
-    expect = {"trajectory": (len(plan.stream.steps) + 1, *plan.latent_shape)}
-  source = loading.open_source(_KINDS[plan.stage], path, on_bad=c.data.on_bad, expect=expect)
-  if plan.stage == "ode":
+  elif plan.trajectory_shape is not None:
+    expect = {"trajectory": plan.trajectory_shape}
+  name = array_of(plan)
+  source = loading.open_source(_KINDS[name], path, on_bad=c.data.on_bad, expect=expect)
+  if plan.trajectory_shape is not None:
     _check_times(plan, path, getattr(source, "about", {}))
   if plan.stage in ("vae", "flow"):  # the autoencoder is causal: beginnings are clips, too
-    name, key, frames = ARRAYS[plan.stage], "flow.frames", plan.frames
+    key, frames = "flow.frames", plan.frames
     if plan.stage == "vae":
       key, frames = "autoencoder.frames", _clip_shape(plan)[0]
+    assert name is not None
     held = getattr(source, "shapes", {}).get(name, (None,))[0]
     if held is not None and held < frames:
       raise DataError(
@@ -253,11 +254,13 @@ def _clip_shape(plan: Plan) -> tuple[int, int, int, int]:
 def _shapes(plan: Plan) -> Any:
   """Clips or captions of the shapes world."""
   c = plan.config
-  if plan.distills:
+  if array_of(plan) is None:
     return sources.Prompts(shapes.prompts("train", c.data.made, c.seed))
   if plan.stage != "vae":
+    kind = _KINDS[array_of(plan)]
     raise DataError(
-      f"The stage {plan.stage} takes no pixels; make its data with a tool, and give their folder."
+      f"The stage {plan.stage} is to have {kind}, and the shapes world gives pixels and captions "
+      f"alone; make them with {sources.TOOLS[kind]}, and give their folder."
     )
   if _clip_shape(plan)[1:3] != (shapes.SIZE, shapes.SIZE):
     raise DataError(
@@ -284,11 +287,11 @@ def _make_trajectories(plan: Plan, encode: Encoder, workdir: Path, prompts, say,
       "Trajectories cannot be made on the spot by several processes; make them with "
       "tools/make_trajectories.py, and give their folder as data.path."
     )
+  teacher, shape = plan.teacher, plan.trajectory_shape
+  assert teacher is not None and shape is not None
   recipe = trajectories.Recipe(
-    plan.latent_shape, plan.stream.steps, c.data.teacher_steps, c.denoising.shift, seed=c.seed
+    shape[1:], plan.stream.steps, c.data.teacher_steps, c.denoising.shift, seed=c.seed
   )
-  teacher = plan.teacher
-  assert teacher is not None
 
   @functools.cache  # where all are there already, the teacher is not loaded
   def tracer():

@@ -6,6 +6,7 @@ What is computed again to save memory does not count, nor do norms, softmax and 
 from hfjax.distill.objectives import Distillation
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
+from hfjax.streaming.config import StreamConfig
 
 
 def forward(config: WanConfig, queries: int, keys: float, text: bool = True) -> float:
@@ -39,6 +40,13 @@ def rollout(objective: Distillation, chunks: int, exit_step: int) -> float:
   tokens = g.chunk * g.tokens
   each = (forward(c, tokens, keys_of_chunk(g, i), text=False) for i in range(chunks))
   return (exit_step + 2) * sum(each)  # noised again, taken, committed
+
+
+def follow(stream: StreamConfig, chunks: int) -> float:
+  """Of one sample's regression along given chunks: each one's forward, backward and commit."""
+  m, g = stream.model, stream.geometry
+  tokens, keys = g.chunk * g.tokens, [keys_of_chunk(g, i) for i in range(chunks)]
+  return sum(3 * forward(m, tokens, k) + forward(m, tokens, k, text=False) for k in keys)
 
 
 def critic_step(objective: Distillation, chunks: int, exit_step: int) -> float:

@@ -90,6 +90,14 @@ class Plan:
     return c.flow.frames if self.stage == "flow" else c.ode.frames
 
   @property
+  def trajectory_shape(self) -> tuple[int, int, int, int, int] | None:
+    """Of trajectories that are regressed on: states, and those of clips; None if none are."""
+    weight = self.objective.regression_weight if isinstance(self.objective, Distillation) else 0
+    if not isinstance(self.objective, Regression) and not weight:
+      return None
+    return (len(self.stream.steps) + 1, self.config.ode.frames, *self.latent_shape[1:])
+
+  @property
   def latent_shape(self) -> tuple[int, int, int, int]:
     """Of training clips: frames, rows, columns, channels."""
     g = self.stream.geometry
@@ -258,13 +266,13 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
         f"chunk of {g.chunk}."
       )
     return _checked(Plan(objective=objective, **common))
+  alone = int(c.stage == "ode" and c.ode.first_clean)
+  if c.ode.frames <= alone or (c.ode.frames - alone) % stream.geometry.chunk:
+    raise ConfigError(
+      f"ode.frames is {c.ode.frames}; give a multiple of the chunk of {stream.geometry.chunk}"
+      f"{', plus 1 for the clean frame' if alone else ''}."
+    )
   if c.stage == "ode":
-    alone = int(c.ode.first_clean)
-    if c.ode.frames <= alone or (c.ode.frames - alone) % stream.geometry.chunk:
-      raise ConfigError(
-        f"ode.frames is {c.ode.frames}; give a multiple of the chunk of {stream.geometry.chunk}"
-        f"{', plus 1 for the clean frame' if alone else ''}."
-      )
     teacher = architecture(c.teacher.weights, "teacher.weights") if c.data.path == "made" else None
     objective = Regression(stream, c.ode.first_clean, c.ode.forcing, c.compute.unroll)
     return _checked(Plan(objective=objective, teacher=teacher, **common))

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from hfjax import parallel
-from hfjax.distill.objectives import Distillation, Frozen, Texts
+from hfjax.distill.inputs import Texts
+from hfjax.distill.objectives import Distillation, Frozen
 from hfjax.distill.reconstruction import Reconstruction
 from hfjax.distill.supervised import FlowMatching, Regression
 from hfjax.models import umt5, wan
@@ -18,8 +19,13 @@ from hfjax.training.plan import Plan
 from hfjax.training.update import Loss, Part, make_update
 
 Batch = dict[str, Any]
-# What data of a stage hold beside prompts.
-ARRAYS = {"vae": "video", "flow": "latents", "ode": "trajectory"}
+
+
+def array_of(plan: Plan) -> str | None:
+  """What data of a stage hold beside prompts, if anything."""
+  if plan.trajectory_shape is not None:
+    return "trajectory"
+  return {"vae": "video", "flow": "latents"}.get(plan.stage)
 
 
 class Fixed(NamedTuple):
@@ -56,9 +62,10 @@ def loss_of(plan: Plan, part: str) -> Loss:
     )
   if isinstance(o, Distillation):
     return lambda trained, fixed, batch, key: o.generator_loss(
-      whole(trained, fixed), fixed.other, fixed.frozen, batch["texts"], key
+      whole(trained, fixed), fixed.other, fixed.frozen, batch["texts"], key, batch.get("trajectory")
     )
-  name = ARRAYS[plan.stage]
+  name = array_of(plan)
+  assert name is not None
   if isinstance(o, Reconstruction):
     return lambda trained, fixed, batch, key: o.loss(trained, batch[name], key)
   assert isinstance(o, (FlowMatching, Regression))
@@ -209,7 +216,7 @@ def batch_shapes(plan: Plan) -> Batch:
       struct(each, rows, dtype=jnp.int32), struct(each, dtype=jnp.int32),
       struct(1, rows, dtype=jnp.int32, sharding=whole), struct(1, dtype=jnp.int32, sharding=whole),
     )  # fmt: skip
-  if plan.distills:
+  name = array_of(plan)
+  if name is None:
     return {"texts": texts}
-  states = (len(c.denoising.steps) + 1,) if plan.stage == "ode" else ()
-  return {ARRAYS[plan.stage]: struct(each, *states, *plan.latent_shape), "texts": texts}
+  return {name: struct(each, *(plan.trajectory_shape or plan.latent_shape)), "texts": texts}

@@ -126,6 +126,29 @@ def test_each_option_changes_the_loss():
   assert abs(early / late - 1) > 1e-4
 
 
+@pytest.mark.parametrize("reflow", [0.0, 0.3])
+def test_regression_adds_to_the_generators_loss(monkeypatch, reflow):
+  seen = []
+
+  def loss(o, params, trajectory, words, key):
+    seen.append((o.stream, o.forcing, trajectory, key))
+    return jnp.float32(0.7), {}
+
+  monkeypatch.setattr(objectives.Regression, "loss", loss)
+  plain = dataclasses.replace(PLAIN, reflow_weight=reflow)
+  key, given = find_key(plain, LAST, 0), (STUDENT, CRITIC_, FROZEN, texts())
+  without, figures = plain.generator_loss(*given, key)
+  o = dataclasses.replace(plain, regression_weight=2.0)
+  total, more = o.generator_loss(*given, key, "trajectory")
+  np.testing.assert_allclose(total, without + 2.0 * 0.7, rtol=1e-6)
+  assert {*more} - {*figures} == {"regression_loss"} and more["regression_loss"] == np.float32(0.7)
+  ((stream, forcing, trajectory, own),) = seen
+  assert (stream, forcing, trajectory) == (PLAIN.stream, "stream", "trajectory")
+  assert own != key  # steps are drawn apart from what else is random
+  with pytest.raises(ValueError, match="needs trajectories"):
+    o.generator_loss(*given, key)
+
+
 def test_steering_covers_all_rollouts_alike():
   keys = jax.random.split(jax.random.key(0), 3000)
   for first, exits in ((0, (0, 1, 2)), (1, (1, 2)), (2, (2,))):
@@ -229,6 +252,8 @@ def test_networks_compute_in_the_dtype_that_was_asked_for(monkeypatch):
      "latents of 3 channels, and the autoencoder has 2"),
     ({"reflow_weight": -0.1}, "weight of -0.1 and 25 steps"),
     ({"reflow_steps": 0}, "and 0 steps"),
+    ({"regression_weight": -1.0}, "weight of regression is -1.0; give at least 0"),
+    ({"regression_weight": float("nan")}, "weight of regression is nan"),
     ({"reflow_stop": 26}, "stop after 26 of 25 steps"),
     ({"reflow_stop": 0}, "stop after 0 of 25 steps"),
   ],

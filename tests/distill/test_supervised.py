@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hfjax.distill.objectives import Texts
+from hfjax.distill.inputs import Texts
 from hfjax.distill.supervised import FlowMatching, Regression
 from hfjax.models import wan
+from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
+from hfjax.streaming.config import StreamConfig
+from hfjax.streaming.state import init_state
 from tests.distill import stand_ins
 from tests.distill.stand_ins import STREAM, STUDENT, per_frame, predict_flow, sigma
+from tests.helpers import MODEL, begin, close, flow, random_params
 
 PARAMS = np.array([0.3, -0.2, 0.4, 0.15])
 STEPS = len(STREAM.steps)
@@ -106,10 +110,66 @@ def test_with_teacher_forcing_chunks_see_the_clean_ends_of_those_before(calls):
   np.testing.assert_allclose(loss, other, rtol=1e-6)
 
 
+DENSE = Geometry(4, 6, chunk=2, window=6, sink=0, block=8, variant="reference_dense")
+HYBRID = Geometry(4, 6, chunk=2, window=5, sink=1, block=8, ratio=0.5, rope_cap=9)
+
+
+def along(geometry, linear, frames=6):
+  """A configuration of a stream, parameters, trajectories and texts."""
+  model = dataclasses.replace(MODEL, linear=linear)
+  stream = StreamConfig(model, geometry, steps=(1000, 750, 500))
+  rows = jnp.asarray(draw(3, model.text_len, model.text_dim, seed=4))
+  given = jnp.asarray(draw(2, 4, frames, 4, 6, 4)), Texts(rows[1:], rows[:1])
+  return stream, random_params(model), *given
+
+
+def test_a_dense_stream_along_trajectories_sees_what_teacher_forcing_shows():
+  stream, params, trajectory, words = along(DENSE, False)
+  one, two = (
+    jax.jit(Regression(stream, forcing=forcing).loss)(params, trajectory, words, jax.random.key(3))
+    for forcing in ("stream", "teacher")
+  )
+  np.testing.assert_allclose(one[0], two[0], rtol=1e-5)
+  for name in two[1]:
+    np.testing.assert_allclose(one[1][name], two[1][name], rtol=1e-5)
+  whole = jax.jit(Regression(stream).loss)(params, trajectory, words, jax.random.key(3))
+  assert abs(whole[0] / two[0] - 1) > 1e-4
+
+
+def test_a_hybrid_stream_along_trajectories_is_chunk_after_chunk():
+  stream, params, trajectory, words = along(HYBRID, True, frames=10)
+  o, key = Regression(stream, forcing="stream"), jax.random.key(1)
+  both = jax.jit(jax.value_and_grad(lambda p: o.loss(p, trajectory, words, key)[0]))
+  got, gradient = both(params)
+  drawn = np.asarray(jax.random.randint(key, (2, 5), 0, 3))
+  levels, rows = np.array(LEVELS, np.float32), np.arange(2)
+
+  def by_hand(trained):
+    keys = wan.text_keys(stream.model, params, words.context)
+    state, errors = init_state(stream, keys), []
+    for i in range(5):
+      part, chunk = slice(2 * i, 2 * i + 2), begin(stream, state)
+      x, level = trajectory[rows, drawn[:, i], part], levels[drawn[:, i]]
+      x0 = x - per_frame(level) * flow(stream, trained, chunk, x, 1000 * level, words.context)
+      errors.append((x0 - trajectory[:, -1, part]) ** 2)
+      state = close(stream, params, chunk, trajectory[:, -1, part])
+    assert state.absorbed.min() > 0  # the memory took part
+    return jnp.stack(errors).mean()
+
+  want, want_gradient = jax.value_and_grad(by_hand)(params)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  size = max(np.abs(x).max() for x in jax.tree.leaves(want_gradient))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * size),
+    gradient, want_gradient,
+  )  # fmt: skip
+  assert np.any(gradient["blocks"]["self_attn"]["linear_proj"]["kernel"])  # which reads the memory
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"forcing": "student"}, "'student'; choose one of none, teacher"),
+    ({"forcing": "student"}, "'student'; choose one of none, teacher, stream"),
     ({"forcing": "teacher", "first_clean": True}, "leave first_clean off, or the forcing at none"),
   ],
 )

@@ -18,7 +18,8 @@ from hfjax.diffusion.clip import sample_clip
 from hfjax.diffusion.schedule import FlowSchedule
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.distill import teacher
-from hfjax.distill.objectives import Distillation, Frozen, Texts
+from hfjax.distill.inputs import Texts
+from hfjax.distill.objectives import Distillation, Frozen
 from hfjax.distill.supervised import FlowMatching, Regression
 from hfjax.models import wan
 from hfjax.models.geometry import Geometry

@@ -43,14 +43,23 @@ CHAIN = {
   "flow": ["steps=4", "ema.start=2", "validation.every=4"],
   "ode": ["steps=2", "init={}/flow", "teacher.weights={}/flow", "data.made=4"],
   "stage1": ["steps=3", "init={}/ode", "critic.weights={}/flow", "teacher.weights={}/flow"],
-  "stage2": ["steps=3", "init={}/stage1", "critic.weights={}/flow", "teacher.weights={}/flow"],
+  "stage2": [
+    "steps=3",
+    "init={}/stage1",
+    "critic.weights={}/flow",
+    "teacher.weights={}/flow",
+    "distill.regression_weight=0.5",
+    "ode.frames=9",
+    "data.made=4",
+  ],
 }
 KINDS = {
   "flow": {"student/unweighted_loss", "student/ema_distance"},
   "ode": set(),
   "stage1": {"student/matching_loss", "student/score_gradient", "student/exit_step",
              "critic/chunks", "critic/learning_rate"},
-  "stage2": {"student/reflow_loss", "student/matching_loss", "critic/loss"},
+  "stage2": {"student/reflow_loss", "student/matching_loss", "student/regression_loss",
+             "critic/loss"},
 }  # fmt: skip
 
 

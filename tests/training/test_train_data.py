@@ -110,9 +110,21 @@ def test_captions_of_the_world_of_shapes_are_prompts(tmp_path):
   assert feed()["texts"].context.shape == (1, 2, *TEXT)
 
 
-@pytest.mark.parametrize("stage", ["flow", "ode"])
-def test_pixels_are_no_latents(tmp_path, capsys, stage):
+@pytest.mark.parametrize(
+  ("stage", "name", "more", "kind", "tool"),
+  [
+    ("flow", "flow", [], "videos", "encode_videos"),
+    ("ode", "ode", [], "trajectories", "make_trajectories"),
+    ("stage1", "dmd", ["distill.regression_weight=0.5", "distill.last=1", "distill.most=1",
+                       "critic.weights=random:small", "teacher.weights=random:small"],
+     "trajectories", "make_trajectories"),
+  ],
+)  # fmt: skip
+def test_pixels_are_no_latents(tmp_path, capsys, stage, name, more, kind, tool):
   argv = stages_config(stage, f"--workdir={tmp_path / 'run'}", "--config.data.path=shapes")
-  assert train.main([x for x in argv if stage == "flow" or ".flow." not in x]) == 1
-  words = f"The stage {stage} takes no pixels; make its data with a tool, and give their folder."
-  assert said(capsys)[-1] == f"train: {words}"
+  argv = [x for x in argv if stage == "flow" or ".flow." not in x]
+  assert train.main([*argv, *(f"--config.{x}" for x in more)]) == 1
+  words = f"The stage {name} is to have {kind}, and the shapes world gives pixels and captions"
+  assert said(capsys)[-1] == (
+    f"train: {words} alone; make them with tools/{tool}.py, and give their folder."
+  )
