@@ -45,7 +45,7 @@ _SMOKE = {
   "vae": {"autoencoder.frames": 5, "autoencoder.edges": 2.0, "data.made": 4},
   "teacher": {"flow.frames": 6},
   "ode": {"ode.frames": 6},
-  "stage1": {"distill.last": 2, "distill.most": 2, "data.made": 4},
+  "stage1": {"distill.last": 2, "distill.most": 2, "ode.frames": 6},
 }
 _SMOKE |= {
   "vae_long": _SMOKE["vae"], "teacher_short": _SMOKE["teacher"], "causal": _SMOKE["teacher"],
@@ -141,7 +141,8 @@ class Chain:
       "--size", "128x128", "--frames", 6 if few else 21, "--chunk", CHUNK, "--teacher_steps",
       4 if few else STEPS_OF_TEACHER, "--guidance", GUIDANCE, "--negative_prompt", "",
       "--shift", 3,
-      "--batch", 2 if few else 100, "--dtype", "float32" if few else "bfloat16",
+      "--batch", 2 if few else 250, "--per_shard", 2 if few else 250,
+      "--dtype", "float32" if few else "bfloat16",
       "--out", self.work / "trajectories", shared=True,
     )  # fmt: skip
 
@@ -164,7 +165,10 @@ class Chain:
   def _distill(self, name: str, before: str):
     keys = ("critic.weights", "teacher.weights", "text.weights", "vae.weights")
     teacher = self.weights / "teacher"
-    self.train(name, init=self.weights / before, **dict.fromkeys(keys, teacher))
+    self.train(
+      name, init=self.weights / before,
+      **dict.fromkeys(keys, teacher) | {"data.path": self.work / "trajectories"},
+    )  # fmt: skip
     self.convert(name, self.weights / name)
 
   def score(self):

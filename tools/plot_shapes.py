@@ -14,11 +14,12 @@ CURVES = {
   "vae_long": ("autoencoder/psnr", "autoencoder, long clips: PSNR, dB", False),
   "teacher_short": ("student/unweighted_loss", "teacher, beginnings: flow-matching loss", True),
   "teacher": ("student/unweighted_loss", "teacher: flow-matching loss", True),
+  "causal": ("student/unweighted_loss", "causal teacher: flow-matching loss", True),
   "ode": ("student/loss", "ode: regression loss", True),
   "stage1": ("student/score_gradient", "stage 1: score difference", True),
   "stage2": ("student/score_gradient", "stage 2: score difference", True),
 }
-_ORDER = ("judge", "vae", "teacher", "ode", "stage1", "student")
+_ORDER = ("judge", "vae", "teacher", "causal", "ode", "stage1", "student")
 _SMOOTH = 15  # rows that a point is the mean of
 
 

@@ -236,7 +236,7 @@ def test_who_runs_where(tmp_path, monkeypatch, capsys, flags, seen, places):
   # Scores are made side by side, and some of them if that is asked for.
   asked.clear()
   argv = ["--smoke", "--work", str(tmp_path), "--only", "score", *flags]
-  for more, count in ((["--scores", "judge_accuracy", "stage1_accuracy"], 2), ([], 5)):
+  for more, count in ((["--scores", "judge_accuracy", "stage1_accuracy"], 2), ([], 7)):
     assert make_tiny.main([*argv, *more]) == 1
     commands, where = asked.pop()
     assert len(commands) == count and where == places[: len(set(places))]
