@@ -255,6 +255,8 @@ def test_undistilled_and_dense_models(args, frames, capsys):
   about = json.loads(paths[0].with_suffix(".json").read_text())
   preset = args[4].removeprefix("--preset=")
   assert about["preset"] == preset and about["timings"]["frames"] == frames
+  if solver := about["config"]["solver"]:  # without the tables that follow from it
+    assert {*solver} == {"kind", "steps", "shift"}
   error = capsys.readouterr().err
   if preset == "wan":
     steps = 3 if frames == 14 else 2

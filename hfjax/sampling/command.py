@@ -297,8 +297,8 @@ def describe_stream(stream: Stream) -> dict[str, Any]:
     "solver": c.solver,
     "guidance": c.guidance,
     "shift": c.shift,
-    "geometry": vars(c.geometry),
-    "model": vars(c.model),
+    "geometry": dataclasses.asdict(c.geometry),
+    "model": dataclasses.asdict(c.model),
     "dtype": c.dtype,
     "backend": c.backend,
   }

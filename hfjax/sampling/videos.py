@@ -276,7 +276,9 @@ def slug(prompt: str) -> str:
 def write_about(path: Path, about: dict[str, Any]):
   """Writes what is known of a video to a JSON file beside it; VideoError if that cannot be."""
   target = path.with_suffix(".json")
-  plain = lambda x: dict(vars(x)) if dataclasses.is_dataclass(x) else str(x)
+  # Fields alone: tables that follow from them may have been kept beside.
+  is_object = lambda x: dataclasses.is_dataclass(x) and not isinstance(x, type)
+  plain = lambda x: dataclasses.asdict(x) if is_object(x) else str(x)
   try:
     target.write_text(json.dumps(about, indent=2, default=plain) + "\n")
   except OSError as e:
