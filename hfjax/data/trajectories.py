@@ -56,6 +56,11 @@ class Recipe:
   def __post_init__(self):
     if len(self.shape) != 4 or min(self.shape) < 1:
       raise DataError(f"Latents of shape {self.shape} are asked for; give four sizes from 1 on.")
+    if self.chunk < 0:
+      raise DataError(
+        f"A chunk of {self.chunk} frames is asked for; give 1 or more, or 0 for a bidirectional "
+        "teacher."
+      )
     try:
       teacher.kept_states(self.schedule, self.steps)
       guiding.count_texts(self.guidance)

@@ -138,6 +138,7 @@ def test_what_makes_no_trajectories_is_refused(tmp_path):
     (lambda: trajectories.Recipe((2, 4, 4)), "four sizes"),
     (lambda: trajectories.Recipe(SHAPE, guidance=-1), "guidance"),
     (lambda: trajectories.Recipe(SHAPE, chunk=3), "2 frames do not divide into chunks of 3"),
+    (lambda: trajectories.Recipe(SHAPE, chunk=-3), "give 1 or more, or 0 for a bidirectional"),
     (lambda: trajectories.tracer(MODEL, None, RECIPE, None), "needs the context of a negative"),
   ):
     with pytest.raises(DataError, match=sentence):
