@@ -110,6 +110,7 @@ def test_a_stream_of_a_causal_teacher_is_solved_unless_steps_are_given(model):
   few = make(steps=(1000, 500), guidance=1.0)
   assert (few.solver, few.guidance, few.steps) == (None, 1.0, (1000, 500))
   assert make(solver=MultistepSolver("unipc", 9, 3.0)).solver.steps == 9
+  assert make(shift=5.0).solver == MultistepSolver("unipc", 24, 5.0)
 
 
 def test_other_presets_leave_size_and_blocks_to_the_usual_ones():

@@ -74,6 +74,18 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
   return Stream(model, prompts, backend="xla", **common, **solved, **settings)
 
 
+def check(args: argparse.Namespace, name: str):
+  """Raises ValueError on flags that would do nothing, by which figures would be told falsely."""
+  preset = SAMPLING_PRESETS[name]
+  solved, streamed = ("steps", "guidance", "shift"), ("window", "sink", "ratio", "variant")
+  idle = [*(() if preset.solver else solved), *(streamed if preset.bidirectional else ())]
+  given = [f"--{flag}" for flag in idle if getattr(args, flag) not in (None, 0)]
+  if given:
+    raise ValueError(
+      f"{', '.join(given)} would do nothing for weights of the preset {name}; leave it out."
+    )
+
+
 def score(args: argparse.Namespace) -> dict[str, Any]:
   """Figures by their names, and sheets and details in files."""
   prompts = shapes.prompts("held_out", args.prompts, _SEED)
@@ -89,6 +101,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     autoencoder = pipeline.load_autoencoder(args.weights, "full", args.dtype)
   elif not given:
     model = pipeline.load(args.weights, dtype=args.dtype)
+    check(args, model.preset)
   streams = model is not None and not SAMPLING_PRESETS[model.preset].bidirectional
   errors: list[float] = []
   for start in tqdm(range(0, len(prompts), args.batch), disable=args.quiet, unit="batch"):

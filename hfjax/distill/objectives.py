@@ -142,7 +142,7 @@ class Distillation:
         f"The student makes latents of {student.out_dim} channels, and the autoencoder has "
         f"{self.vae.z_dim}; bring the two that were trained together."
       )
-    if not self.regression_weight >= 0:
+    if not 0 <= self.regression_weight < float("inf"):
       raise ValueError(
         f"The weight of regression is {self.regression_weight}; give at least 0, which is none."
       )

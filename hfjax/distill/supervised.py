@@ -70,7 +70,7 @@ class Regression:
     index = self._of_frames(drawn, frames)
     rows = jnp.arange(b)[:, None]
     x = trajectory[rows, index, jnp.arange(frames)].astype(jnp.float32)
-    clean = trajectory[:, -1]
+    clean = trajectory[:, -1].astype(jnp.float32)
     if self.forcing == "stream":
       predicted = follow(StreamStudent(c, texts.context), params, x, drawn, clean)
     else:

@@ -48,7 +48,7 @@ class Stream:
     *,
     size: tuple[int, int] | None = None,
     seed: int | Sequence[int] = 0,
-    negative_prompt: str = NEGATIVE,
+    negative_prompt: str | None = None,
     kept: int = KEPT,
     dtype: str | None = None,
     backend: str = "auto",
@@ -58,7 +58,8 @@ class Stream:
 
     model: see `hfjax.pipeline.load`. size: columns and rows of pixels; the model's by default, or
       (832, 480). seed: one for all, from which each video takes its own noise, or one for each.
-      negative_prompt: what guided videos keep away from; it may be empty. kept: see `LatentStream`.
+      negative_prompt: what guided videos keep away from; it may be empty; by default what the
+      model's preset says, or a usual one. kept: see `LatentStream`.
     dtype: that is computed in, see `default_dtype`.
     settings: of `Geometry` (window, sink, chunk, ratio, rope_cap, block, variant) and of
       `StreamConfig` (steps, warp, shift, solver, guidance). Where the model's preset says nothing
@@ -69,6 +70,9 @@ class Stream:
     self.model, self.prompts = model, _listed(prompt)
     self.config = configure(model, size, dtype=dtype, backend=backend, **settings)
     context, guided = model.encode(self.prompts), self.config.guidance != 1
+    if negative_prompt is None:
+      usual = SAMPLING_PRESETS[model.preset].negative
+      negative_prompt = NEGATIVE if usual is None else usual
     negative = model.encode([negative_prompt]) if guided else None
     self.latents = LatentStream(self.config, model.params, context, seed, kept, negative)
     self.decoder = FrameDecoder(model.autoencoder)
@@ -203,7 +207,9 @@ def configure(
   own = {"block": preset.block, "ratio": preset.ratio}
   if not preset.bidirectional:
     own |= {"window": preset.window, "sink": preset.sink}
-    stream = {"shift": preset.shift, **({} if "steps" in stream else _denoising(preset))} | stream
+    stream = {"shift": preset.shift} | stream
+    if "steps" not in stream:
+      stream = _denoising(preset, stream["shift"]) | stream
   rest |= {name: x for name, x in own.items() if x is not None and name not in rest}
   try:
     geometry = Geometry(height, width, patch=model.config.patch, **rest)
@@ -215,11 +221,11 @@ def configure(
   return StreamConfig(model.config, geometry, dtype=dtype, backend=backend, **stream)
 
 
-def _denoising(preset: SamplingPreset) -> dict[str, Any]:
+def _denoising(preset: SamplingPreset, shift: float) -> dict[str, Any]:
   """How weights denoise that stream."""
   if preset.solver is None:
     return {"steps": preset.steps}
-  solver = MultistepSolver(preset.solver, preset.solver_steps, preset.shift)
+  solver = MultistepSolver(preset.solver, preset.solver_steps, shift)
   return {"solver": solver, "guidance": preset.guidance}
 
 

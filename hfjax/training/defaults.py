@@ -97,7 +97,8 @@ def default_config() -> ConfigDict:
   c.flow.guidance = 5.0  # of validation videos
   c.flow.solver_steps = 50
 
-  c.ode = ConfigDict()  # see distill.supervised.Regression
+  # See distill.supervised.Regression; beside distribution matching, of frames alone.
+  c.ode = ConfigDict()
   c.ode.frames = 21
   c.ode.first_clean = False
   c.ode.forcing = "none"

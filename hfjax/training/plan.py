@@ -267,7 +267,9 @@ def _make_plan(c: FrozenConfigDict) -> Plan:
       )
     return _checked(Plan(objective=objective, **common))
   alone = int(c.stage == "ode" and c.ode.first_clean)
-  if c.ode.frames <= alone or (c.ode.frames - alone) % stream.geometry.chunk:
+  regresses = c.stage == "ode" or (c.stage in ("dmd", "hybrid") and c.distill.regression_weight)
+  whole = c.ode.frames > alone and (c.ode.frames - alone) % stream.geometry.chunk == 0
+  if regresses and not whole:
     raise ConfigError(
       f"ode.frames is {c.ode.frames}; give a multiple of the chunk of {stream.geometry.chunk}"
       f"{', plus 1 for the clean frame' if alone else ''}."

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hfjax.distill import clip, objectives
+from hfjax.distill import clip, inputs, objectives
 from hfjax.models import wan
 from hfjax.models.geometry import Geometry
 from hfjax.models.presets import WanConfig
@@ -101,7 +101,7 @@ def install(patch):
 
 def texts(batch=2):
   draw = np.random.default_rng(4).normal(size=(batch + 1, 2, 4)).astype(np.float32)
-  return objectives.Texts(jnp.asarray(draw[1:]), jnp.asarray(draw[:1]))
+  return inputs.Texts(jnp.asarray(draw[1:]), jnp.asarray(draw[:1]))
 
 
 def sigma(t, shift=5.0):

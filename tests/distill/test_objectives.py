@@ -254,6 +254,7 @@ def test_networks_compute_in_the_dtype_that_was_asked_for(monkeypatch):
     ({"reflow_steps": 0}, "and 0 steps"),
     ({"regression_weight": -1.0}, "weight of regression is -1.0; give at least 0"),
     ({"regression_weight": float("nan")}, "weight of regression is nan"),
+    ({"regression_weight": float("inf")}, "weight of regression is inf"),
     ({"reflow_stop": 26}, "stop after 26 of 25 steps"),
     ({"reflow_stop": 0}, "stop after 0 of 25 steps"),
   ],

@@ -13,6 +13,7 @@ from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models import vae
 from hfjax.models.clips import to_uint8
 from hfjax.streaming import Stream
+from hfjax.streaming.stream import NEGATIVE
 from tests.helpers import compilations
 
 SIZE = (64, 32)
@@ -98,6 +99,21 @@ def test_another_prompt_changes_what_follows_and_compiles_nothing():
   assert [c for c in compiled if not c.startswith(("_where", "broadcast"))] == []
   assert s.prompts == ["a blue circle that turns and turns and turns"]
   assert np.any(np.asarray(next(same)) != changed)
+
+
+def test_guided_videos_keep_away_from_what_the_preset_names(monkeypatch):
+  asked = []
+  made = model("tiny")
+  spy = lambda prompts: asked.append(list(prompts)) or made.encode(prompts)
+  for preset, given, want in (
+    ("shapes_causal", None, ""), ("shapes_causal", "fog", "fog"), ("wan", None, NEGATIVE),
+  ):  # fmt: skip
+    asked.clear()
+    Stream(
+      made._replace(encode=spy, preset=preset), "a", size=(64, 32), negative_prompt=given,
+      guidance=2.0, steps=(1000, 500), window=9, sink=3,
+    )  # fmt: skip
+    assert asked == [["a"], [want]]
 
 
 def test_one_prompt_goes_to_all_videos():

@@ -73,6 +73,14 @@ def check_figures_logs_and_pictures(out):
     assert (out / name).stat().st_size > 1000
 
 
+def test_flags_that_would_do_nothing_are_not_scored_by(capsys):
+  argv = ["--weights", str(pipeline.EMBEDDED), "--name", "x", "--prompts", "1", "--steps", "50"]
+  assert score_shapes.main([*argv, "--shift", "5"]) == 2
+  preset = pipeline.recorded_preset(pipeline.EMBEDDED)
+  words = f"--steps, --shift would do nothing for weights of the preset {preset}; leave it out."
+  assert words in capsys.readouterr().err
+
+
 def test_a_step_that_fails_or_has_no_time_left_is_told_of(tmp_path, capsys):
   argv = ["--smoke", "--quiet", "--work", str(tmp_path), "--only", "clips"]
   assert make_tiny.main(argv) == 1

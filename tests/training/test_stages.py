@@ -115,6 +115,16 @@ def test_the_student_is_updated_every_so_many_steps(programs, monkeypatch):
   assert p.updates("student") == 3 and p.updates("critic") == 11
 
 
+def test_lengths_of_trajectories_count_where_there_are_any():
+  two = "--config.geometry.chunk=2"
+  assert distilled(two).trajectory_shape is None
+  weight = "--config.distill.regression_weight=0.5"
+  p = distilled(two, weight, "--config.ode.frames=8")
+  assert p.trajectory_shape == (len(p.stream.steps) + 1, 8, *p.latent_shape[1:])
+  with pytest.raises(config.ConfigError, match="ode.frames is 21; give a multiple of the chunk of"):
+    distilled(two, weight)
+
+
 @pytest.mark.slow
 def test_steps_of_distillation_change_what_they_should(programs, tmp_path):
   p = distilled("--config.distill.generator_every=2")
