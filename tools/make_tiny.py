@@ -109,24 +109,10 @@ class Chain:
     self.convert("teacher_short", self.weights / "teacher_short")
 
   def teacher(self):
-    before = self.weights / "teacher_short"
-    self.train(
-      "teacher", **{
-        "init": before, "text.weights": before, "vae.weights": before,
-        "data.path": self.work / "clips",
-      },
-    )  # fmt: skip
-    self.convert("teacher", self.weights / "teacher")
+    self._go_on("teacher", "teacher_short", "clips")
 
   def causal(self):
-    before = self.weights / "teacher"
-    self.train(
-      "causal", **{
-        "init": before, "text.weights": before, "vae.weights": before,
-        "data.path": self.work / "clips",
-      },
-    )  # fmt: skip
-    self.convert("causal", self.weights / "causal")
+    self._go_on("causal", "teacher", "clips")
 
   def trajectories(self):
     from hfjax.data import shapes
@@ -147,14 +133,14 @@ class Chain:
     )  # fmt: skip
 
   def ode(self):
-    teacher = self.weights / "causal"
-    self.train(
-      "ode", **{
-        "init": teacher, "text.weights": teacher, "vae.weights": teacher,
-        "data.path": self.work / "trajectories",
-      },
-    )  # fmt: skip
-    self.convert("ode", self.weights / "ode")
+    self._go_on("ode", "causal", "trajectories")
+
+  def _go_on(self, name: str, before: str, data: str):
+    """Trains what begins with other weights, and takes text and autoencoder of these."""
+    keys = ("init", "text.weights", "vae.weights")
+    settings: dict[str, object] = dict.fromkeys(keys, self.weights / before)
+    self.train(name, **settings | {"data.path": self.work / data})
+    self.convert(name, self.weights / name)
 
   def stage1(self):
     self._distill("stage1", "ode")

@@ -37,6 +37,8 @@ from hfjax.training.progress import Progress
 from hfjax.training.stages import Stage
 from hfjax.training.update import COUNTS, Part, init_part
 
+# What earlier versions could set and this one cannot, and what it was by default.
+_GONE = {"distill.last_step_only": False}
 # What a run may change when it goes on.
 _FREE = ("steps", "most_skipped", "init", "init_ema", "data.prefetch", "text.device")
 _FREE_GROUPS = ("checkpoint", "log", "validation", "compute")
@@ -389,11 +391,12 @@ def _check_config(config: FrozenConfigDict, workdir: Path, note: Mapping[str, An
     return
   # What a run of an earlier version could not set is what it is by default.
   then, now, default = (configs.leaves(x) for x in (before, config, default_config()))
-  added = {key for key in now.keys() - then.keys() if now[key] == default.get(key)}
+  same = {key for key in now.keys() - then.keys() if now[key] == default.get(key)}
+  same |= {key for key in then.keys() - now.keys() if then[key] == _GONE.get(key, ...)}
   changed = [
     key
     for key in configs.differences(before, config)
-    if key not in _FREE and key.partition(".")[0] not in _FREE_GROUPS and key not in added
+    if key not in _FREE and key.partition(".")[0] not in _FREE_GROUPS and key not in same
   ]
   if changed:
     changed.sort(key=lambda key: key != "stage")

@@ -310,14 +310,18 @@ def test_data_of_another_shape_are_refused(tmp_path, capsys):
 
 
 def test_a_run_of_an_earlier_version_goes_on():
-  """Which had fewer values to set."""
+  """Which had fewer values to set, and others."""
   now = config.parse([*FLOW, "--workdir=unused"]).config
   before = now.to_dict()
   del before["optimizer"]["kind"], before["autoencoder"]["decoder_only"]
+  before["distill"]["last_step_only"] = False
   loop._check_config(now, Path("w"), {"config": before})
   other = config.parse([*FLOW, "--workdir=unused", "--config.optimizer.kind=muon"]).config
   with pytest.raises(ConfigError, match="another config, which differs in optimizer.kind; go on"):
     loop._check_config(other, Path("w"), {"config": before})
+  before["distill"]["last_step_only"] = True
+  with pytest.raises(ConfigError, match="which differs in distill.last_step_only; go on"):
+    loop._check_config(now, Path("w"), {"config": before})
 
 
 def test_another_config_is_refused_and_changes_nothing(whole, capsys):
