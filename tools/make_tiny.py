@@ -38,7 +38,9 @@ SCORES = (
 )  # fmt: skip
 VOCAB = 320
 FRAMES = 81
-CHUNK, STEPS_OF_TEACHER, GUIDANCE = 3, 24, 2.0  # of the causal teacher
+# Of the causal teacher.
+CHUNK, STEPS_OF_TEACHER = 3, 24
+GUIDANCE = ("--guidance", 3.0, "--guidance_interval", 500, 1000)
 # What is changed of the configs so that everything runs, and nothing is learnt; as much alike as
 # can be, so that what one stage compiles serves the next.
 _SMOKE = {
@@ -125,8 +127,7 @@ class Chain:
     self.tool(
       "make_trajectories", "--weights", self.weights / "causal", "--prompts", prompts,
       "--size", "128x128", "--frames", 6 if few else 21, "--chunk", CHUNK, "--teacher_steps",
-      4 if few else STEPS_OF_TEACHER, "--guidance", GUIDANCE, "--negative_prompt", "",
-      "--shift", 3,
+      4 if few else STEPS_OF_TEACHER, *GUIDANCE, "--negative_prompt", "", "--shift", 3,
       "--batch", 2 if few else 250, "--per_shard", 2 if few else 250,
       "--dtype", "float32" if few else "bfloat16",
       "--out", self.work / "trajectories", shared=True,

@@ -35,7 +35,7 @@ def make(args: argparse.Namespace, options: dict):
   sizes = (args.frames, rows // 8, columns // 8)
   recipe = lambda channels: trajectories.Recipe(
     (*sizes, channels), command.numbers(args.steps), args.teacher_steps, args.shift, args.guidance,
-    args.seed, args.chunk,
+    args.seed, args.chunk, tuple(args.guidance_interval),
   )  # fmt: skip
   recipe(1)  # checked before the weights are loaded
   encode = contexts.text_encoder(args.weights, args.dtype)
@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
   flag("--teacher_steps", type=int, default=48, help="Euler steps of the teacher")
   flag("--shift", type=float, default=5.0, help="time shift of teacher and student")
   flag("--guidance", type=float, default=5.0, help="of the teacher; 1 for none")
+  flag("--guidance_interval", type=float, nargs=2, default=(0.0, 1000.0), metavar=("FROM", "TO"),
+       help="times between which there is guidance; all by default")  # fmt: skip
   flag("--negative_prompt", help="what guidance keeps away from; has a default")
   flag("--seed", type=int, default=0, help="of the noise")
   flag("--batch", type=int, default=1, help="trajectories that are made at once")

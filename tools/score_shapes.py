@@ -66,7 +66,8 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
     shift = preset.shift if args.shift is None else args.shift
     guidance = preset.guidance if args.guidance is None else args.guidance
     solver = MultistepSolver(preset.solver, args.steps or preset.solver_steps, shift)
-    solved = {"solver": solver, "guidance": guidance}
+    interval = args.guidance_interval or preset.guidance_interval
+    solved = {"solver": solver, "guidance": guidance, "guidance_interval": tuple(interval)}
   if preset.bidirectional:
     return WholeClip(model, prompts, frames=args.frames, **common, **solved)
   settings = {n: getattr(args, n) for n in ("window", "sink", "ratio", "variant")}
@@ -77,7 +78,10 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
 def check(args: argparse.Namespace, name: str):
   """Raises ValueError on flags that would do nothing, by which figures would be told falsely."""
   preset = SAMPLING_PRESETS[name]
-  solved, streamed = ("steps", "guidance", "shift"), ("window", "sink", "ratio", "variant")
+  solved, streamed = (
+    ("steps", "guidance", "guidance_interval", "shift"),
+    ("window", "sink", "ratio", "variant"),
+  )
   idle = [*(() if preset.solver else solved), *(streamed if preset.bidirectional else ())]
   given = [f"--{flag}" for flag in idle if getattr(args, flag) not in (None, 0)]
   if given:
@@ -174,6 +178,8 @@ def main(argv: list[str] | None = None) -> int:
   flag("--truth", action="store_true", help="score true clips, by which the judge is measured")
   flag("--steps", type=int, default=0, help="of a teacher's solver; its preset's by default")
   flag("--guidance", type=float, help="of a teacher, likewise")
+  flag("--guidance_interval", type=float, nargs=2, metavar=("FROM", "TO"),
+       help="times between which there is guidance, likewise")  # fmt: skip
   flag("--shift", type=float, help="of times of a teacher, likewise")
   flag("--window", type=int, help="of a stream, as the next three; else the model's")
   flag("--sink", type=int)

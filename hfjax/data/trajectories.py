@@ -37,7 +37,8 @@ class Recipe:
   shape: frames, rows, columns and channels of the latents.
   steps: nominal denoising steps of the student, at whose times states are kept: 1000 is noise.
   teacher_steps: Euler steps of the teacher. shift: of its schedule, and the student's.
-  guidance: of the teacher; 1 for none. seed: of the noise.
+  guidance: of the teacher; 1 for none. guidance_interval: times from and up to which there is
+    guidance. seed: of the noise.
   chunk: frames of a chunk, where the teacher is causal and leads one after the other to its end,
     which the next ones see; 0 for a bidirectional teacher.
 
@@ -52,6 +53,7 @@ class Recipe:
   guidance: float = 5.0
   seed: int = 0
   chunk: int = 0
+  guidance_interval: guiding.Interval = guiding.ALWAYS
 
   def __post_init__(self):
     if len(self.shape) != 4 or min(self.shape) < 1:
@@ -64,6 +66,7 @@ class Recipe:
     try:
       teacher.kept_states(self.schedule, self.steps)
       guiding.count_texts(self.guidance)
+      guiding.check_interval(self.guidance_interval)
       if self.chunk:
         causal.chunk_spans(self.shape[0], self.chunk)
     except ValueError as e:
@@ -92,7 +95,8 @@ class Recipe:
       variant="reference_dense",
     )  # fmt: skip
     return StreamConfig(
-      config, geometry, shift=self.shift, guidance=self.guidance, dtype=jnp.dtype(dtype).name,
+      config, geometry, shift=self.shift, guidance=self.guidance,
+      guidance_interval=self.guidance_interval, dtype=jnp.dtype(dtype).name,
     )  # fmt: skip
 
   def noise(self, index: int) -> Float[np.ndarray, "f y x c"]:
@@ -125,23 +129,25 @@ def tracer(
       stream = recipe.stream(config, dtype_)
       return _trace_stream(stream, recipe.schedule, recipe.keep, params, noise, text)
     return _trace(
-      config, recipe.schedule, recipe.keep, dtype_, params, noise, text, recipe.guidance
-    )
+      config, recipe.schedule, recipe.keep, dtype_, recipe.guidance_interval, params, noise, text,
+      recipe.guidance,
+    )  # fmt: skip
 
   return trace
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _trace(config, schedule, keep, dtype, params, noise, text, guidance):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _trace(config, schedule, keep, dtype, interval, params, noise, text, guidance):
   texts = text.shape[0] // noise.shape[0]
 
   def flows(x, t, i):
     both = wan.predict_flow(
       config, params, guiding.repeat_rows(x, texts), jnp.tile(t, texts), text, dtype=dtype
     )
-    return (both, both) if texts == 1 else tuple(jnp.split(both, 2))
+    guided = guiding.merge_rows(both, texts, guiding.scale_at(guidance, interval, t))
+    return guided, guided
 
-  return teacher.trace(flows, noise, schedule, guidance, keep)
+  return teacher.trace(flows, noise, schedule, 1.0, keep)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -207,8 +213,9 @@ def write(
   if with_context and count:
     arrays["context"] = contexts.context_array(encode or source)
   made = dataclasses.asdict(recipe)
-  for name in ("shape", *(() if recipe.chunk else ("chunk",))):
-    del made[name]
+  # As folders say that are older than what they leave out.
+  usual = {"chunk": 0, "guidance_interval": guiding.ALWAYS}
+  made = {k: v for k, v in made.items() if k != "shape" and (k, v) not in usual.items()}
   about = {**made, "times": recipe.times, "prompts": contexts.identity(source), "model": model}
   plan = shards.Plan(
     "trajectories", count, arrays, about | {"negative": negative}, per_shard, command

@@ -22,6 +22,7 @@ def sample_clip(
   guidance: float = 1.0,
   negative: Float[Array, "b t w"] | None = None,
   dtype=jnp.float32,
+  interval: guiding.Interval = guiding.ALWAYS,
   progress: Callable[[int], None] | None = None,
 ) -> Float[Array, "b f y x c"]:
   """Clean latents of a clip, float32, from standard normal noise.
@@ -29,6 +30,7 @@ def sample_clip(
   guidance: scale of classifier-free guidance; 1 for none, else a negative text is needed, one for
     each sample or `[1 t w]` for all. Another scale, prompt or seed compiles nothing anew.
   dtype: compute dtype of the network; latents stay float32.
+  interval: times from and up to which there is guidance.
   progress: called after each step, when it is done, with the number of steps done.
 
   Raises ValueError on sizes that do not fit the model.
@@ -41,6 +43,8 @@ def sample_clip(
       f"{config.image_dim}, and gives {config.out_dim} channels; clips are sampled of "
       "text-to-video models."
     )
+  guiding.check_interval(interval)
+  interval = (float(interval[0]), float(interval[1]))
   wan.check_params(config, params)
   wan.check_latents(config, noise)
   text = guiding.join_texts(config, jnp.asarray(context), negative, guidance)
@@ -48,17 +52,22 @@ def sample_clip(
   # Copies: buffers are donated from step to step, and the noise is the caller's.
   state = jax.tree.map(jnp.copy, solver.init(noise))
   for i in range(solver.steps):
-    state = _step(config, solver, jnp.dtype(dtype), params, state, text, float(guidance), i)
+    state = _step(
+      config, solver, jnp.dtype(dtype), interval, params, state, text, float(guidance), i
+    )
     if progress is not None:
       jax.block_until_ready(state.x)
       progress(i + 1)
   return state.x
 
 
-@functools.partial(jax.jit, static_argnames=("config", "solver", "dtype"), donate_argnames="state")
-def _step(config, solver, dtype, params, state, text, guidance, i):
+@functools.partial(
+  jax.jit, static_argnames=("config", "solver", "dtype", "interval"), donate_argnames="state"
+)
+def _step(config, solver, dtype, interval, params, state, text, guidance, i):
   texts = text.shape[0] // state.x.shape[0]
   t = jnp.full(text.shape[:1], jnp.asarray(solver.timesteps, jnp.float32)[i])
   x = guiding.repeat_rows(state.x, texts)
   flow = wan.predict_flow(config, params, x, t, text, dtype=dtype)
-  return solver.step(state, guiding.merge_rows(flow, texts, guidance), i)
+  scale = guiding.scale_at(guidance, interval, t[: state.x.shape[0]])
+  return solver.step(state, guiding.merge_rows(flow, texts, scale), i)

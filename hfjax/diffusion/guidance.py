@@ -7,13 +7,43 @@ many rows under the negative prompts.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hfjax.diffusion.schedule import TRAIN_TIMESTEPS
 from hfjax.models import checks, wan
 from hfjax.models.presets import WanConfig
+
+Interval = tuple[float, float]
+ALWAYS: Interval = (0.0, float(TRAIN_TIMESTEPS))
 
 
 def guide(conditional: Array, unconditional: Array, scale: Array | float) -> Array:
   """Guided flow: `unconditional + scale (conditional - unconditional)`."""
   return unconditional + scale * (conditional - unconditional)
+
+
+def scale_at(scale: Array | float, interval: Interval, t: Float[Array, "b ..."]) -> Array | float:
+  """Scale of guidance of flows `[b f y x c]` at times `t`, `[b]` or `[b f]`.
+
+  interval: times from and up to which there is guidance; elsewhere the scale is 1. Guidance in a
+    limited interval: arXiv 2404.07724.
+  """
+  if interval == ALWAYS:
+    return scale
+  low, high = interval
+  return jnp.where((t >= low) & (t <= high), scale, 1.0).reshape(*t.shape, *[1] * (5 - t.ndim))
+
+
+def check_interval(interval: Interval):
+  """Raises ValueError unless the interval is two times, the lower one first."""
+  try:
+    low, high = interval
+  except (TypeError, ValueError):
+    raise ValueError(
+      f"The interval of guidance is {interval!r}; give two times, such as (500, 1000)."
+    ) from None
+  for time in (low, high):
+    checks.check_number("A time of the interval of guidance", time, 0, TRAIN_TIMESTEPS)
+  if low > high:
+    raise ValueError(f"Guidance is to be from time {low:g} up to {high:g}; give the lower first.")
 
 
 def count_texts(guidance: float) -> int:

@@ -13,7 +13,8 @@ class SamplingPreset:
   window, sink: latent frames that attention sees, and first ones that it always sees; chunks are 3.
   steps: few-step list that indexes the warped schedule (spec section 6.2); empty with a solver.
   solver, solver_steps: of undistilled weights, a name in `solvers.KINDS` and its evaluations.
-  guidance: factor of classifier-free guidance, 1 for none.
+  guidance: factor of classifier-free guidance, 1 for none. guidance_interval: times from and up to
+    which there is guidance.
   shift: time shift of the schedule.
   variant: semantics, a name in `geometry.VARIANTS`; None: those that the weights record.
   size: columns and rows of pixels. block: tokens of an attention block. ratio: kept share of
@@ -30,6 +31,7 @@ class SamplingPreset:
   solver: str | None = None
   solver_steps: int = 0
   guidance: float = 1.0
+  guidance_interval: tuple[float, float] = (0.0, 1000.0)
   shift: float = 5.0
   variant: str | None = None
   size: tuple[int, int] | None = None
@@ -85,7 +87,8 @@ SAMPLING_PRESETS = {
     steps=(),
     solver="unipc",
     solver_steps=24,
-    guidance=2.0,
+    guidance=3.0,
+    guidance_interval=(500.0, 1000.0),
     shift=3.0,
     variant="reference_dense",
     size=(128, 128),

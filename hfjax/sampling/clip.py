@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
+from hfjax.diffusion import guidance as guiding
 from hfjax.diffusion.clip import sample_clip
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.pipeline import Pipeline
@@ -33,12 +34,14 @@ class WholeClip:
     frames: int,
     solver: MultistepSolver,
     guidance: float,
+    guidance_interval: guiding.Interval = guiding.ALWAYS,
     negative_prompt: str = NEGATIVE,
     seed: int = 0,
     dtype: str = "bfloat16",
     progress: Callable[[int], None] | None = None,
   ):
     """A clip of `frames` or a few more for each prompt. progress: called after each step.
+    guidance_interval: times from and up to which there is guidance.
 
     Raises ValueError on sizes that cannot work.
     """
@@ -51,7 +54,7 @@ class WholeClip:
     self.prompts = list(prompts)
     self._sample = lambda: sample_clip(
       model.config, model.params, model.encode(self.prompts), noise, solver, guidance, negative,
-      jnp.dtype(dtype), progress,
+      jnp.dtype(dtype), guidance_interval, progress,
     )  # fmt: skip
     self._latents: Array | None = None
     self.denoising_s = 0.0

@@ -104,7 +104,12 @@ def sample(session: Session):
     source: Source
     if plan.bidirectional:
       source = whole_clip(model, plan, [prompt] * count, seed, wanted, frames or 1)
-      config = {"solver": plan.solver, "guidance": plan.guidance, "model": model.config}
+      config = {
+        "solver": plan.solver,
+        "guidance": plan.guidance,
+        "guidance_interval": SAMPLING_PRESETS[plan.preset].guidance_interval,
+        "model": model.config,
+      }
     else:
       source = Stream(
         model, [prompt] * count, size=wanted, seed=seed, negative_prompt=negative(plan.preset),
@@ -251,6 +256,7 @@ def whole_clip(model, plan, prompts, seed, size, frames) -> WholeClip:
   with tqdm(total=plan.solver.steps, unit=" steps", desc="denoising", disable=FLAGS.quiet) as bar:
     clip = WholeClip(
       model, prompts, size=size, frames=frames, solver=plan.solver, guidance=plan.guidance,
+      guidance_interval=SAMPLING_PRESETS[plan.preset].guidance_interval,
       negative_prompt=negative(plan.preset), seed=seed, dtype=dtype(),
       progress=lambda step: bar.update(step - bar.n),
     )  # fmt: skip
@@ -296,6 +302,7 @@ def describe_stream(stream: Stream) -> dict[str, Any]:
     "steps": None if c.solver else c.steps,
     "solver": c.solver,
     "guidance": c.guidance,
+    "guidance_interval": c.guidance_interval,
     "shift": c.shift,
     "geometry": dataclasses.asdict(c.geometry),
     "model": dataclasses.asdict(c.model),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from hfjax.diffusion.guidance import count_texts
+from hfjax.diffusion import guidance as guiding
 from hfjax.diffusion.schedule import TRAIN_TIMESTEPS, FlowSchedule
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models import checks
@@ -30,6 +30,7 @@ class StreamConfig:
   guidance: scale of classifier-free guidance; 1 for none. Otherwise a sample has two texts, and
     the state twice the rows: those under the prompts, and behind them those under the negative
     prompts.
+  guidance_interval: times from and up to which there is guidance.
   context_timestep: time at which clean latents are committed.
   dtype: compute dtype, "float32" or "bfloat16"; parameters stay as they are.
   remat: recompute blocks in backward passes.
@@ -45,6 +46,7 @@ class StreamConfig:
   shift: float = 5.0
   solver: MultistepSolver | None = None
   guidance: float = 1.0
+  guidance_interval: guiding.Interval = guiding.ALWAYS
   context_timestep: float = 0.0
   dtype: str = "float32"
   remat: bool = False
@@ -79,7 +81,9 @@ class StreamConfig:
         f"The solver is a {type(self.solver).__name__}; give a MultistepSolver, or None for a "
         "model of few steps."
       )
-    count_texts(self.guidance)  # checks the scale
+    guiding.count_texts(self.guidance)  # checks the scale
+    guiding.check_interval(self.guidance_interval)
+    object.__setattr__(self, "guidance_interval", tuple(map(float, self.guidance_interval)))
     checks.check_number("context_timestep", self.context_timestep, 0, TRAIN_TIMESTEPS)
     if not isinstance(self.steps, Iterable):
       raise ValueError(f"The denoising steps are {self.steps!r}; give a list, such as (1000, 500).")
@@ -109,7 +113,7 @@ class StreamConfig:
   @property
   def texts(self) -> int:
     """Texts of each sample, and rows of the state: 2 with guidance, else 1."""
-    return count_texts(self.guidance)
+    return guiding.count_texts(self.guidance)
 
   @property
   def returns(self) -> int:

@@ -37,7 +37,8 @@ def denoise(
   Raises ValueError on latents that do not fit the chunk.
   """
   flow, _ = _forward(config, params, chunk, x, t, context, collect=False)
-  return guidance.merge_rows(flow, config.texts, config.guidance)
+  scale = guidance.scale_at(config.guidance, config.guidance_interval, jnp.asarray(t))
+  return guidance.merge_rows(flow, config.texts, scale)
 
 
 def commit(

@@ -29,7 +29,9 @@ NEGATIVE = (
   "background, captions, logos, frames"
 )
 SIZE = (832, 480)  # columns and rows of pixels, unless a model has its own
-_CONFIG = ("steps", "warp", "shift", "context_timestep", "dtype", "backend", "guidance")
+_CONFIG = (
+  "steps", "warp", "shift", "context_timestep", "dtype", "backend", "guidance", "guidance_interval",
+)  # fmt: skip
 
 
 class Stream:
@@ -199,7 +201,9 @@ def configure(
   """Configuration of streams of a model; ValueError on sizes and settings that cannot work."""
   preset = SAMPLING_PRESETS[model.preset]
   width, height = latent_size(model, (preset.size or SIZE) if size is None else size)
-  names = {"steps", "warp", "shift", "context_timestep", "solver", "guidance"}
+  names = {
+    "steps", "warp", "shift", "context_timestep", "solver", "guidance", "guidance_interval"
+  }  # fmt: skip
   stream = {k: v for k, v in settings.items() if k in names}
   rest = {k: v for k, v in settings.items() if k not in names}
   if rest.get("variant") is None:
@@ -226,7 +230,8 @@ def _denoising(preset: SamplingPreset, shift: float) -> dict[str, Any]:
   if preset.solver is None:
     return {"steps": preset.steps}
   solver = MultistepSolver(preset.solver, preset.solver_steps, shift)
-  return {"solver": solver, "guidance": preset.guidance}
+  guided = {"guidance": preset.guidance, "guidance_interval": preset.guidance_interval}
+  return {"solver": solver, **guided}
 
 
 def default_dtype() -> str:
