@@ -1,5 +1,6 @@
 """Trajectories of teachers, made here and taken over, and prompts with contexts."""
 
+import dataclasses
 import json
 import types
 
@@ -137,6 +138,7 @@ def test_what_makes_no_trajectories_is_refused(tmp_path):
     (lambda: trajectories.Recipe(SHAPE, teacher_steps=10), "a multiple of 4 steps"),
     (lambda: trajectories.Recipe((2, 4, 4)), "four sizes"),
     (lambda: trajectories.Recipe(SHAPE, guidance=-1), "guidance"),
+    (lambda: trajectories.Recipe(SHAPE, guidance_interval=(9, 1)), "give the lower first"),
     (lambda: trajectories.Recipe(SHAPE, chunk=3), "2 frames do not divide into chunks of 3"),
     (lambda: trajectories.Recipe(SHAPE, chunk=-3), "give 1 or more, or 0 for a bidirectional"),
     (lambda: trajectories.tracer(MODEL, None, RECIPE, None), "needs the context of a negative"),
@@ -148,15 +150,17 @@ def test_what_makes_no_trajectories_is_refused(tmp_path):
     trajectories.write(tmp_path, PROMPTS, ENCODE, bad, RECIPE)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_teacher_is_led_by_its_guidance(guidance, monkeypatch):
+@pytest.mark.parametrize(
+  ("guidance", "interval"), [(1.0, (0, 1000)), (3.0, (0, 1000)), (3.0, (900, 1000))]
+)
+def test_the_teacher_is_led_by_its_guidance(guidance, interval, monkeypatch):
   def network(config, params, x, t, context, dtype):
     assert dtype == jnp.bfloat16 and context.shape[1:] == (MODEL.text_len, MODEL.text_dim)
     along = lambda v: v.reshape(-1, 1, 1, 1, 1)
     return params * x + along(t) / 1000 + along(context.sum(axis=(1, 2)))
 
   monkeypatch.setattr(trajectories.wan, "predict_flow", network)
-  recipe = trajectories.Recipe(SHAPE, (1000, 500), 2, 5.0, guidance)
+  recipe = trajectories.Recipe(SHAPE, (1000, 500), 2, 5.0, guidance, guidance_interval=interval)
   negative = None if guidance == 1 else ENCODE(["not this"])
   make = trajectories.tracer(MODEL, jnp.float32(0.3), recipe, negative)
   noise = np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
@@ -164,17 +168,22 @@ def test_the_teacher_is_led_by_its_guidance(guidance, monkeypatch):
   got = make(noise, texts[:, :4])  # shorter ones are filled up with zeros
   sums = [np.float64(text).sum(axis=(1, 2)).reshape(-1, 1, 1, 1, 1) for text in (texts, negative)
           if text is not None]  # fmt: skip
-  led = sums[0] if guidance == 1 else sums[1] + guidance * (sums[0] - sums[1])
+  led = [
+    sums[0] if guidance == 1 or not low <= t <= high else sums[1] + guidance * (sums[0] - sums[1])
+    for low, high in [interval] for t in (1000, 2500 / 3)
+  ]  # fmt: skip
   x, sigmas = np.float64(noise), [1, 5 * 0.5 / 3, 0]
   np.testing.assert_allclose(got[:, 0], x)
   for i in range(2):
-    x = x + (sigmas[i + 1] - sigmas[i]) * (0.3 * x + sigmas[i] + led)
+    x = x + (sigmas[i + 1] - sigmas[i]) * (0.3 * x + sigmas[i] + led[i])
     np.testing.assert_allclose(got[:, i + 1], x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_causal_teacher_leads_each_chunk_after_the_ends_of_those_before(guidance):
-  recipe = trajectories.Recipe((6, 4, 6, 4), (1000, 500), 4, 3.0, guidance, chunk=2)
+  recipe = trajectories.Recipe(
+    (6, 4, 6, 4), (1000, 500), 4, 3.0, guidance, chunk=2, guidance_interval=(600, 950)
+  )
   params = random_params()
   negative = None if guidance == 1 else ENCODE(["not this"])
   texts = ENCODE(["a red square", "two"])
@@ -195,7 +204,8 @@ def test_a_causal_teacher_leads_each_chunk_after_the_ends_of_those_before(guidan
         want[1] = np.array(x) if want[1] is None else want[1]
         want[1][:, part] = x[:, part]
       conditional, *other = flow(x, sigmas[i], clean)
-      led = other[0] + guidance * (conditional - other[0]) if other else conditional
+      guided = other and 600 <= 1000 * sigmas[i] <= 950
+      led = other[0] + guidance * (conditional - other[0]) if guided else conditional
       x = x + (sigmas[i + 1] - sigmas[i]) * led
     clean[:, part] = x[:, part]
   for i, states_ in enumerate([*want, clean]):
@@ -208,6 +218,10 @@ def test_folders_of_causal_teachers_are_told_from_others(tmp_path):
   assert open_source("trajectories", tmp_path / "causal").about["chunk"] == 2
   trajectories.write(tmp_path / "whole", PROMPTS, ENCODE, trace, RECIPE)
   assert "chunk" not in open_source("trajectories", tmp_path / "whole").about
+  assert "guidance_interval" not in open_source("trajectories", tmp_path / "causal").about
+  some = dataclasses.replace(recipe, guidance_interval=(500, 1000))
+  with pytest.raises(DataError, match="guidance_interval"):
+    trajectories.write(tmp_path / "causal", PROMPTS, ENCODE, trace, some)
   with pytest.raises(DataError, match="chunk"):
     trajectories.write(tmp_path / "causal", PROMPTS, ENCODE, trace, RECIPE, per_shard=2)
 

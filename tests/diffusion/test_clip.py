@@ -21,13 +21,14 @@ NEGATIVE = context(2, rows=2, seed=40)
 predict = jax.jit(wan.predict_flow, static_argnums=0)
 
 
-def loop(texts, guidance):
+def loop(texts, guidance, interval=(0, 1000)):
   """Each text in forwards of its own, NumPy between them."""
 
   def velocity(x, t):
     x, t = jnp.asarray(x, jnp.float32), jnp.full(len(x), t, jnp.float32)
     flows = [np.asarray(predict(MODEL, PARAMS, x, t, text), np.float64) for text in texts]
-    return flows[-1] + guidance * (flows[0] - flows[-1])
+    scale = guidance if interval[0] <= t[0] <= interval[1] else 1.0
+    return flows[-1] + scale * (flows[0] - flows[-1])
 
   return unipc_numpy.solve(velocity, NOISE, SOLVER.steps, SOLVER.shift)
 
@@ -43,6 +44,15 @@ def test_a_clip_is_that_of_a_loop_over_the_network():
     want = loop([context(2), rows], 4.0)
     assert want.std() > 0.5 and np.abs(want - plain).max() > 0.3
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_guidance_in_an_interval_of_times():
+  interval = (400, 900)  # of 999, 922, 817, 666 and 428: neither the first two nor none
+  assert [400 <= t <= 900 for t in SOLVER.timesteps] == [False, False, True, True, True]
+  make = functools.partial(sample_clip, MODEL, PARAMS, context(2), NOISE, SOLVER, 4.0, NEGATIVE)
+  got = make(interval=interval)
+  np.testing.assert_allclose(got, loop([context(2), NEGATIVE], 4.0, interval), rtol=0, atol=1e-5)
+  assert np.abs(got - make()).max() > 0.01
 
 
 def test_steps_scales_and_prompts_share_one_compilation_and_inputs_stay():
@@ -72,6 +82,9 @@ def test_half_precision_stays_near_single():
     ({"guidance": 5.0}, "Guidance 5 needs a negative text"),
     ({"negative": NEGATIVE}, "A negative text was given, which guidance 1 does not use"),
     ({"guidance": float("nan")}, "The guidance is nan; it must be a number from 0 to 100"),
+    ({"interval": (900, 400)}, "from time 900 up to 400; give the lower first"),
+    ({"interval": 500}, "interval of guidance is 500; give two times"),
+    ({"interval": (0, 2000)}, "time of the interval of guidance is 2000; it must be"),
     ({"guidance": 5.0, "negative": context(3)}, "negative text is for 3 samples"),
     ({"context": context(1)}, "text context is for 1 samples and the latents are for 2"),
     ({"context": jnp.zeros((2, 5, 7))}, r"text context has shape \(2, 5, 7\)"),

@@ -36,8 +36,10 @@ NEGATIVE = context(1, rows=2, seed=40)
 SEEDS = [4, 9]
 
 
-def configured(solver=SOLVER, guidance=3.0, **kwargs):
-  return dataclasses.replace(stream_config(**kwargs), solver=solver, guidance=guidance)
+def configured(solver=SOLVER, guidance=3.0, interval=(0, 1000), **kwargs):
+  return dataclasses.replace(
+    stream_config(**kwargs), solver=solver, guidance=guidance, guidance_interval=interval
+  )
 
 
 def begun(config, batch=2, **kwargs):
@@ -66,7 +68,9 @@ class Separate:
       flows = [np.asarray(flow(self.single, PARAMS, c, x, t), np.float64) for c in chunks]
       if len(flows) == 1:
         return flows[0]
-      return flows[1] + self.config.guidance * (flows[0] - flows[1])
+      low, high = self.config.guidance_interval
+      scale = self.config.guidance if low <= t[0] <= high else 1.0
+      return flows[1] + scale * (flows[0] - flows[1])
 
     solver = self.config.solver
     if solver is not None:
@@ -107,17 +111,22 @@ class Separate:
 
 
 @pytest.mark.parametrize(
-  ("variant", "solver", "guidance"),
+  ("variant", "solver", "guidance", "interval"),
   [
-    ("paper", SOLVER, 3.0),
-    ("reference_dense", SOLVER, 3.0),
-    ("paper", SOLVER, 1.0),
-    ("paper", None, 2.5),
+    ("paper", SOLVER, 3.0, (0, 1000)),
+    ("reference_dense", SOLVER, 3.0, (700, 1000)),
+    ("paper", SOLVER, 1.0, (0, 1000)),
+    ("paper", None, 2.5, (800, 960)),  # of 1000, 937.5 and 833.3
   ],
 )
-def test_chunks_are_those_of_a_loop_over_one_state_for_each_text(variant, solver, guidance):
+def test_chunks_are_those_of_a_loop_over_one_state_for_each_text(
+  variant, solver, guidance, interval
+):
   """Six chunks after an image: the window slides, and where there is a memory it fills."""
-  config = configured(solver, guidance, variant=variant)
+  config = configured(solver, guidance, interval, variant=variant)
+  times = solver.timesteps if solver else config.timesteps
+  guided = [interval[0] <= t <= interval[1] for t in times]
+  assert all(guided) == (interval == (0, 1000)) and any(guided)
   stream = begun(config)
   # An independent padding: the network pads what it is given.
   negative = jnp.concatenate([NEGATIVE] * 2)
