@@ -1,6 +1,7 @@
 """Examples whose arrays are kept on the devices, where these are small and steps are short."""
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,31 +41,39 @@ class Resident:
     self.mesh = mesh
     self.rejects: Rejects = getattr(source, "rejects", None) or Rejects()
     half = getattr(source, "dtypes", {}).get(name) == "float16"
+    made: list[np.ndarray] = []  # the array of all, of which there shall be no second one
+    lock = threading.Lock()
 
-    def read(i: int) -> tuple[dict[str, Any], np.ndarray | None] | None:
+    def room(x: np.ndarray) -> np.ndarray:
+      with lock:
+        if not made:
+          made.append(np.empty((len(source), *x.shape), np.float16 if half else x.dtype))
+      if made[0].shape[1:] != x.shape:
+        raise DataError(f"Arrays of {name} differ in shape; make the data anew.")
+      return made[0]
+
+    def read(i: int) -> dict[str, Any] | None:
       try:
         example = prepare(dict(source[i]))
       except DataError as e:
         if self.rejects.add(str(e), key=i):
           warnings.warn(f"{e} It is left out.", stacklevel=2)
         return None
-      if name is None:
-        return example, None
-      x = example.pop(name)
-      return example, x.astype(np.float16) if half else x
+      if name is not None:
+        x = example.pop(name)
+        room(x)[i] = x
+      return example
 
     with ThreadPoolExecutor(_THREADS) as pool:
-      found = [x for x in pool.map(read, range(len(source))) if x is not None]
-    if not found:
+      found = list(pool.map(read, range(len(source))))
+    there = [i for i, example in enumerate(found) if example is not None]
+    if not there:
       raise DataError(f"All examples are bad. {self.rejects.report()}")
-    self._examples = [example for example, _ in found]
+    self._examples = [example for example in found if example is not None]
     self._arrays: dict[str, Array] = {}
     self.nbytes = 0
     if name is not None:
-      arrays = [x for _, x in found if x is not None]
-      if len({x.shape for x in arrays}) > 1:
-        raise DataError(f"Arrays of {name} differ in shape; make the data anew.")
-      self.add(name, np.stack(arrays))
+      self.add(name, made[0] if len(there) == len(found) else made[0][there])
       self.nbytes = self._arrays[name].nbytes
 
   def add(self, name: str, rows: Shaped[np.ndarray, "n *d"]):
