@@ -3,7 +3,8 @@
 Makes videos of captions that no training has seen and judges their pixels: a video counts if every
 attribute of its caption is right in its 5 seconds before each of the times --at. By the preset of
 the weights, of bidirectional transformers clips are made, and of others streams; with --vae, clips
-go through the autoencoder alone, and with --truth they are judged as they are, which measures the
+go through the autoencoder alone, with --trajectories the ends of trajectories are decoded, which
+measures what a student is taught, and with --truth clips are judged as they are, which measures the
 judge. Figures go into --out under NAME_5s and so on, what they consist of into details/, and the
 first videos' contact sheets beside them.
 """
@@ -21,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from kernel_cases import commit
 from tqdm import tqdm
@@ -28,11 +30,13 @@ from tqdm import tqdm
 from hfjax import pipeline
 from hfjax.convert import CheckpointError
 from hfjax.data import shapes, shapes_score
+from hfjax.data.loading import open_source
 from hfjax.data.rejects import DataError
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models.sampling_presets import SAMPLING_PRESETS
 from hfjax.sampling.clip import WholeClip
 from hfjax.streaming import Stream
+from hfjax.streaming.pixels import FrameDecoder
 from hfjax.video import Preview, write_image
 
 FRAMES = 81  # that are judged by default, 5 seconds
@@ -92,16 +96,19 @@ def check(args: argparse.Namespace, name: str):
 
 def score(args: argparse.Namespace) -> dict[str, Any]:
   """Figures by their names, and sheets and details in files."""
-  prompts = shapes.prompts("held_out", args.prompts, _SEED)
+  prompts, source = shapes.prompts("held_out", args.prompts, _SEED), None
+  if args.trajectories:
+    source = open_source("trajectories", args.trajectories)
+    prompts = [source[i]["prompt"] for i in range(min(args.prompts, len(source)))]
   # The first are judged from the beginning on.
   ends = [args.frames if i == 0 and at <= 5 else round(at * shapes.FPS) + 1
           for i, at in enumerate(args.at)]  # fmt: skip
   found: dict[int, list[np.ndarray]] = {end: [] for end in ends}
   model: Any = None
   begin = time.perf_counter()
-  given = args.vae or args.truth
+  given = args.vae or args.truth or args.trajectories
   clips = shapes.Shapes("held_out", args.prompts, _SEED, args.frames)
-  if args.vae:
+  if args.vae or args.trajectories:
     autoencoder = pipeline.load_autoencoder(args.weights, "full", args.dtype)
   elif not given:
     model = pipeline.load(args.weights, dtype=args.dtype)
@@ -110,7 +117,12 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
   errors: list[float] = []
   for start in tqdm(range(0, len(prompts), args.batch), disable=args.quiet, unit="batch"):
     chosen = prompts[start : start + args.batch]
-    if given:
+    if source is not None:
+      latents = [source[start + i]["trajectory"][-1] for i in range(len(chosen))]
+      latents += [latents[-1]] * (args.batch - len(chosen))
+      decoded = FrameDecoder(autoencoder)(jnp.asarray(np.stack(latents)))
+      found[ends[0]].append(np.asarray(decoded[: len(chosen)]))
+    elif given:
       videos = pixels = np.stack([clips.video(start + i) for i in range(len(chosen))])
       if args.vae:
         from hfjax.training import autoencoder as measures
@@ -175,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
   flag("--frames", type=int, default=FRAMES, help="that are judged, at least 33")
   flag("--batch", type=int, default=50, help="videos that are made at once")
   flag("--vae", action="store_true", help="score the autoencoder alone")
+  flag("--trajectories", metavar="DIR", help="score ends of a teacher's trajectories")
   flag("--truth", action="store_true", help="score true clips, by which the judge is measured")
   flag("--steps", type=int, default=0, help="of a teacher's solver; its preset's by default")
   flag("--guidance", type=float, help="of a teacher, likewise")
@@ -197,6 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   if args.at != sorted(args.at) or min(args.prompts, args.batch, *args.at) < 1:
     print("score_shapes: give 1 or more prompts, a batch, and rising times.", file=sys.stderr)
+    return 2
+  if args.vae + args.truth + bool(args.trajectories) > 1:
+    print("score_shapes: give one of --vae, --truth and --trajectories.", file=sys.stderr)
     return 2
   if (args.weights is None) != args.truth:
     print("score_shapes: give --weights DIR, or else --truth.", file=sys.stderr)

@@ -16,6 +16,7 @@ import pytest
 import score_shapes
 
 from hfjax import pipeline
+from hfjax.data import shapes, shards
 from hfjax.models import presets, umt5
 from hfjax.streaming import Stream
 
@@ -79,6 +80,29 @@ def test_flags_that_would_do_nothing_are_not_scored_by(capsys):
   preset = pipeline.recorded_preset(pipeline.EMBEDDED)
   words = f"--steps, --shift would do nothing for weights of the preset {preset}; leave it out."
   assert words in capsys.readouterr().err
+
+
+def test_the_ends_of_trajectories_are_scored_by_their_captions(tmp_path, capsys):
+  clips = shapes.Shapes("train", 3, 0, 41)
+  autoencoder = pipeline.load_autoencoder(pipeline.EMBEDDED, "full", "float32")
+  latents = np.asarray(autoencoder.encode(np.stack([clips.video(i) for i in range(3)])))
+  prompts = [clips.prompt(0), clips.prompt(1), clips.prompt(0)]  # the last one is of another clip
+  plan = shards.Plan("trajectories", 3, {"trajectory": ((2, *latents.shape[1:]), "float16")}, {})
+  examples = lambda start, stop, reject: (
+    {"prompt": prompts[i], "trajectory": np.stack([np.zeros_like(latents[i]), latents[i]])}
+    for i in range(start, stop)
+  )
+  shards.write(tmp_path / "data", plan, examples)
+  argv = ["--weights", str(pipeline.EMBEDDED), "--name", "taught", "--batch", "2", "--quiet",
+          "--trajectories", str(tmp_path / "data"), "--dtype", "float32", "--workers", "1",
+          "--out", str(tmp_path / "results.json")]  # fmt: skip
+  assert score_shapes.main(argv) == 0
+  details = json.loads((tmp_path / "details" / "taught.json").read_text())
+  assert details["videos"] == 3 and np.isclose(details["accuracy"], 2 / 3)
+  assert score_shapes.main([*argv, "--vae"]) == 2
+  assert "give one of --vae, --truth and --trajectories" in capsys.readouterr().err
+  assert score_shapes.main([*argv[:-1], "x.json", "--trajectories", "nowhere"]) == 2
+  assert "There is no nowhere to read trajectories from" in capsys.readouterr().err
 
 
 def test_a_step_that_fails_or_has_no_time_left_is_told_of(tmp_path, capsys):
