@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
   flag("--shapes", type=int, metavar="N", help="instead, so many clips of the shapes world")
   flag("--split", choices=("train", "held_out"), default="train", help="of the shapes world")
   flag("--seed", type=int, default=0, help="of the shapes world")
+  flag("--spins", type=float, default=0.0, metavar="SHARE",
+       help="of clips of the shapes world in which something must spin")  # fmt: skip
   flag("--batch", type=int, default=8, help="clips of the shapes world that are encoded at once")
   flag("--workers", type=int, default=1, help="threads that draw the shapes world")
   flag("--frames", type=int, default=81, help="frames of each clip: 1 and a multiple of 4")
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     autoencoder = pipeline.load_autoencoder(args.weights, args.vae, args.dtype)
     model = f"{contexts.fingerprint(autoencoder.params)} {args.dtype}"
     if args.shapes is not None:
-      source = shapes.Shapes(args.split, args.shapes, args.seed, args.frames)
+      source = shapes.Shapes(args.split, args.shapes, args.seed, args.frames, spins=args.spins)
       return videos.write_pixels(
         args.out, source, autoencoder, batch=args.batch, workers=args.workers, model=model,
         **options,

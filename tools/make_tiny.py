@@ -37,6 +37,7 @@ SCORES = (
   "vae_accuracy", "judge_accuracy",
 )  # fmt: skip
 VOCAB = 320
+SPINS = 0.35  # of the clips: what turns is learnt last
 FRAMES = 81
 # Of the causal teacher.
 CHUNK, STEPS_OF_TEACHER = 3, 24
@@ -96,7 +97,8 @@ class Chain:
     few = self.args.smoke
     count = 4 if few else self.args.clips
     self.tool(
-      "encode_videos", "--weights", self.weights / "vae_long", "--shapes", count, "--frames",
+      "encode_videos", "--weights", self.weights / "vae_long", "--shapes", count, "--spins", SPINS,
+      "--frames",
       21 if few else FRAMES, "--batch", 2 if few else 32, "--workers", 1 if few else 4,
       "--dtype", "float32" if few else "bfloat16", "--out", self.work / "clips", shared=True,
     )  # fmt: skip
@@ -122,7 +124,7 @@ class Chain:
     few = self.args.smoke
     prompts = self.work / "prompts.txt"
     prompts.write_text(
-      "\n".join(shapes.prompts("train", 4 if few else self.args.trajectories, 1)) + "\n"
+      "\n".join(shapes.prompts("train", 4 if few else self.args.trajectories, 1, SPINS)) + "\n"
     )
     self.tool(
       "make_trajectories", "--weights", self.weights / "causal", "--prompts", prompts,

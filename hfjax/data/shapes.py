@@ -300,10 +300,13 @@ class Shapes:
     seed: int = 0,
     frames: int = 81,
     text_seed: int | None = None,
+    spins: float = 0.0,
   ):
     """split: "train" or "held_out", which share no scene. text_seed: of captions; else `seed`.
+    spins: share of clips in which something must spin, which is learnt last; it does in some of the
+    others too.
 
-    Raises DataError on another split, and on counts below 1.
+    Raises DataError on another split, on counts below 1, and on a share that is none.
     """
     if split not in SPLITS:
       raise DataError(f"The split is {split!r}; give one of {', '.join(SPLITS)}.")
@@ -312,13 +315,17 @@ class Shapes:
         f"{count} clips of {frames} frames of seed {seed} are asked for; give 1 or more of each, "
         "and seeds from 0 on."
       )
+    if not 0 <= spins <= 1:
+      raise DataError(f"In a share of {spins} of the clips something shall spin; give 0 to 1.")
     self.split, self.count, self.seed, self.frames = split, count, seed, frames
+    self.spins = spins
     self.text_seed = seed if text_seed is None else text_seed
 
   @property
   def identity(self) -> str:
     """The same for the same clips and captions."""
     told = ["shapes", VERSION, self.split, self.count, self.seed, self.frames, self.text_seed]
+    told += [self.spins] if self.spins else []
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
   def __len__(self) -> int:
@@ -331,8 +338,11 @@ class Shapes:
   def scene(self, index: int) -> Scene:
     """What is seen in a clip; complete."""
     rng = np.random.default_rng(self._key(self.seed, index, 0))
+    must_spin = self.spins > 0 and rng.random() < self.spins
     while True:
       scene = draw_scene(rng)
+      if must_spin and all(thing.motion != "spin" for thing in scene.things):
+        continue
       if held_out(scene) == (self.split == "held_out"):
         return scene
 
@@ -359,9 +369,9 @@ class Shapes:
     return [seed, SPLITS.index(self.split), index, use]
 
 
-def prompts(split: str, count: int, seed: int = 0) -> list[str]:
-  """Captions of `Shapes(split, count, seed)`."""
-  clips = Shapes(split, count, seed)
+def prompts(split: str, count: int, seed: int = 0, spins: float = 0.0) -> list[str]:
+  """Captions of `Shapes(split, count, seed, spins=spins)`."""
+  clips = Shapes(split, count, seed, spins=spins)
   return [clips.prompt(i) for i in range(count)]
 
 

@@ -338,6 +338,18 @@ def test_a_tenth_of_scenes_is_held_out_for_ever():
     assert {held_out(clips.scene(i)) for i in range(150)} == {split == "held_out"}
 
 
+def test_a_share_of_clips_spins_and_no_held_out_one_among_them():
+  spins = lambda clips: np.mean(
+    [any(t.motion == "spin" for t in clips.scene(i).things) for i in range(len(clips))]
+  )
+  usual, more, all_ = (Shapes("train", 400, 5, spins=share) for share in (0.0, 0.5, 1.0))
+  # 0.12 spin of themselves; of 400 the share is off by 0.025, one standard deviation.
+  assert spins(usual) < 0.22 and 0.45 < spins(more) < 0.67 and spins(all_) == 1
+  assert not any(held_out(all_.scene(i)) for i in range(100))
+  assert len({usual.identity, more.identity, all_.identity}) == 3
+  assert prompts("train", 9, 5, 0.5) == [more.prompt(i) for i in range(9)]
+
+
 def test_clips_by_number():
   clips, longer = Shapes("held_out", 6, seed=2, frames=9), Shapes("held_out", 9, 2, 12, text_seed=7)
   assert len(clips) == 6 and clips.identity != longer.identity
@@ -376,6 +388,7 @@ def test_clips_by_number():
     (lambda: Shapes("test"), "The split is 'test'; give one of train, held_out"),
     (lambda: Shapes(count=0), "0 clips of 81 frames"),
     (lambda: Shapes(seed=-1), "seeds from 0 on"),
+    (lambda: Shapes(spins=1.5), "In a share of 1.5 of the clips"),
   ],
 )
 def test_what_is_not_of_the_world_is_refused(act, sentence):
