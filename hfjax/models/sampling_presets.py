@@ -105,6 +105,7 @@ SAMPLING_PRESETS = {
     solver="unipc",
     solver_steps=50,
     guidance=3.0,
+    guidance_interval=(500.0, 1000.0),
     shift=3.0,
     size=(128, 128),
     negative="",
