@@ -112,6 +112,9 @@ def test_an_image_begins_a_video_which_another_goes_on_from(capsys):
     ([*FAST, WORDS, "--samples=0"], "samples"),
     ([*FAST, WORDS, "--solver=unipc"], "takes a number of steps, and got a list of 2"),
     ([*FAST, WORDS, "--guidance=-1"], "guidance"),
+    ([*FAST, WORDS, "--guidance_interval=500,1000"], "and there is none; give --guidance=5"),
+    ([*FAST[:3], WORDS, "--guidance=2", "--guidance_interval=900,1"], "is '900,1'; give two times"),
+    ([*FAST[:3], WORDS, "--guidance=2", "--guidance_interval=a"], "is 'a'; give two times"),
     ([*FAST, WORDS, "--preset=wan", "--steps=3", "--endless"], "--endless cannot be had of"),
     ([*FAST, WORDS, "--preset=wan", "--steps=3", "--solver=few-step"], "needs a multistep solver"),
     ([*FAST, WORDS, "--seconds=inf"], "length is inf seconds"),
@@ -241,7 +244,7 @@ def test_saved_latents_become_a_video_again(capsys):
 @pytest.mark.parametrize(
   ("args", "frames"),
   [
-    (["--preset=wan", "--steps=3", "--guidance=3"], 14),
+    (["--preset=wan", "--steps=3", "--guidance=3", "--guidance_interval=500,900"], 14),
     (["--preset=wan", "--solver=dpm++", "--steps=2", "--guidance=1", "--samples=2"], 1),
     (["--preset=self_forcing", "--solver=unipc", "--steps=2", "--window=6"], 10),
     (["--preset=longlive", "--steps=2", "--sink=1", "--window=6"], 10),
@@ -254,6 +257,8 @@ def test_undistilled_and_dense_models(args, frames, capsys):
   assert all(len(read_video(p).frames) == frames for p in paths)
   about = json.loads(paths[0].with_suffix(".json").read_text())
   preset = args[4].removeprefix("--preset=")
+  asked = "--guidance_interval=500,900" in args
+  assert about["config"]["guidance_interval"] == ([500, 900] if asked else [0, 1000])
   assert about["preset"] == preset and about["timings"]["frames"] == frames
   if solver := about["config"]["solver"]:  # without the tables that follow from it
     assert {*solver} == {"kind", "steps", "shift"}

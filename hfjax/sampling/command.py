@@ -43,8 +43,8 @@ from hfjax.video import VideoError
 # What a saved stream fixes; another value needs another stream.
 _FIXED = (
   "prompt", "prompts_file", "script", "negative_prompt", "seed", "samples", "image", "video",
-  "size", "fps", "preset", "steps", "solver", "guidance", "attention", "variant", "sparsity",
-  "window", "sink", "vae", "dtype",
+  "size", "fps", "preset", "steps", "solver", "guidance", "guidance_interval",
+  "attention", "variant", "sparsity", "window", "sink", "vae", "dtype",
 )  # fmt: skip
 _OF_LATENTS = ("fps", "vae", "dtype")  # what of these is of use to latents that are there
 
@@ -107,7 +107,7 @@ def sample(session: Session):
       config = {
         "solver": plan.solver,
         "guidance": plan.guidance,
-        "guidance_interval": SAMPLING_PRESETS[plan.preset].guidance_interval,
+        "guidance_interval": plan.interval,
         "model": model.config,
       }
     else:
@@ -256,7 +256,7 @@ def whole_clip(model, plan, prompts, seed, size, frames) -> WholeClip:
   with tqdm(total=plan.solver.steps, unit=" steps", desc="denoising", disable=FLAGS.quiet) as bar:
     clip = WholeClip(
       model, prompts, size=size, frames=frames, solver=plan.solver, guidance=plan.guidance,
-      guidance_interval=SAMPLING_PRESETS[plan.preset].guidance_interval,
+      guidance_interval=plan.interval,
       negative_prompt=negative(plan.preset), seed=seed, dtype=dtype(),
       progress=lambda step: bar.update(step - bar.n),
     )  # fmt: skip

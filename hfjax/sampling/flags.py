@@ -62,6 +62,8 @@ def _define():
          "multistep solver; unipc by default with --guidance or more than 10 steps")  # fmt: skip
   real("guidance", None, "classifier-free guidance, for undistilled models; 1 for none",
        lower_bound=0)  # fmt: skip
+  flags.DEFINE_list("guidance_interval", None, "times from and up to which there is guidance, such "
+                    "as 500,1000; the preset's by default, or all", flag_values=FLAGS)  # fmt: skip
   choice("attention", "hybrid", ["hybrid", "dense"], "dense keeps every key block of the window")
   choice("variant", None, VARIANTS, "semantics that the weights were trained with; theirs by "
          "default")  # fmt: skip

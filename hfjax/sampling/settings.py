@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hfjax.diffusion.guidance import count_texts
+from hfjax.diffusion.guidance import Interval, check_interval, count_texts
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models.geometry import Geometry
 from hfjax.models.sampling_presets import SAMPLING_PRESETS
@@ -25,7 +25,7 @@ class Plan:
   """Settings of a run.
 
   preset: its name. stream: arguments of `Stream`, where there is one. solver: None for few-step
-  models.
+  models. guidance, interval: factor, and times from and up to which there is guidance.
   """
 
   preset: str
@@ -33,6 +33,7 @@ class Plan:
   stream: dict[str, Any]
   solver: MultistepSolver | None
   guidance: float
+  interval: Interval
 
 
 def plan(model: Pipeline) -> Plan:
@@ -64,7 +65,14 @@ def plan(model: Pipeline) -> Plan:
   usual = (preset.guidance if preset.solver else _GUIDANCE) if solver else 1.0
   guidance = usual if FLAGS.guidance is None else FLAGS.guidance
   count_texts(guidance)  # checks it
-  return Plan(name, preset.bidirectional, {**stream, "guidance": guidance}, solver, guidance)
+  interval = _interval(preset.guidance_interval)
+  if guidance == 1 and FLAGS.guidance_interval is not None:
+    raise UsageError(
+      "--guidance_interval says where there is guidance, and there is none; give --guidance=5, "
+      "say, with it."
+    )
+  stream |= {"guidance": guidance, "guidance_interval": interval}
+  return Plan(name, preset.bidirectional, stream, solver, guidance, interval)
 
 
 def check_clip(frames: int | None, begin: np.ndarray | None, cues: list[Cue]):
@@ -82,6 +90,22 @@ def check_clip(frames: int | None, begin: np.ndarray | None, cues: list[Cue]):
         f"{name} cannot be had of a bidirectional model, which makes whole clips at once; take a "
         "causal one, or --preset=self_forcing if this one is."
       )
+
+
+def _interval(usual: Interval) -> Interval:
+  """Times from and up to which there is guidance."""
+  given = FLAGS.guidance_interval
+  if given is None:
+    return usual
+  try:
+    low, high = map(float, given)
+    check_interval((low, high))
+  except ValueError:
+    raise UsageError(
+      f"--guidance_interval is {','.join(given)!r}; give two times from 0 to 1000, the lower one "
+      "first, such as 500,1000."
+    ) from None
+  return low, high
 
 
 def _solver(usual: str | None) -> str | None:
