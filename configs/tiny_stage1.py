@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
   c.data.path = "data/trajectories"
   c.data.resident = True
   c.distill.generator_every = 3
-  c.distill.guidance = 1.0  # c + 1 (c - u), by which the causal teacher is sampled too
+  c.distill.guidance = 1.0  # c + 1 (c - u)
   # Whether there is a thing shows in much noise, so that only the noisiest scores bring back what
   # the student has lost; and there guidance leads away from all clips. What is lost nevertheless,
   # regression keeps (benchmarks/shapes).

@@ -107,6 +107,7 @@ def test_a_stream_of_a_causal_teacher_is_solved_unless_steps_are_given(model):
   solved = make()
   assert (solved.geometry.window, solved.geometry.sink) == (21, 1)
   assert solved.solver == MultistepSolver("unipc", 24, 3.0) and solved.guidance == 3.0
+  assert solved.guidance_interval == (500.0, 1000.0)
   few = make(steps=(1000, 500), guidance=1.0)
   assert (few.solver, few.guidance, few.steps) == (None, 1.0, (1000, 500))
   assert make(solver=MultistepSolver("unipc", 9, 3.0)).solver.steps == 9

@@ -4,9 +4,10 @@ Tokenizer; autoencoder, on short clips and then on long ones; latents of clips; 
 text encoder, on their beginnings and then on all of them; a causal teacher, which begins with it,
 and its trajectories; the student through `ode`, stage 1 and stage 2, by configs/tiny_*.py. The last
 is packed as hfjax/assets/tiny, and all are scored. The same command goes on where it was stopped,
-inside a stage too; --minutes stops it after a time, saving what there is. With several --devices,
-training uses all of them, and so many --processes share encoding and trajectories. --smoke goes
-through all of it in minutes on a processor, with next to no training.
+inside a stage too; what an earlier version of this code began wants a new folder. --minutes stops
+it after a time, saving what there is. With several --devices, training uses all of them, and so
+many --processes share encoding and trajectories. --smoke goes through all of it in minutes on a
+processor, with next to no training.
 """
 
 import argparse
@@ -123,9 +124,9 @@ class Chain:
 
     few = self.args.smoke
     prompts = self.work / "prompts.txt"
-    prompts.write_text(
-      "\n".join(shapes.prompts("train", 4 if few else self.args.trajectories, 1, SPINS)) + "\n"
-    )
+    count = 4 if few else self.args.trajectories
+    if not prompts.exists():
+      prompts.write_text("\n".join(shapes.prompts("train", count, 1, SPINS)) + "\n")
     self.tool(
       "make_trajectories", "--weights", self.weights / "causal", "--prompts", prompts,
       "--size", "128x128", "--frames", 6 if few else 21, "--chunk", CHUNK, "--teacher_steps",

@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from hfjax import pipeline
 from hfjax.convert import CheckpointError
-from hfjax.data import shapes, shapes_score
+from hfjax.data import shapes, shapes_score, shapes_words
 from hfjax.data.loading import open_source
 from hfjax.data.rejects import DataError
 from hfjax.diffusion.solvers import MultistepSolver
@@ -79,27 +80,39 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
   return Stream(model, prompts, backend="xla", **common, **solved, **settings)
 
 
+_SOLVED = ("steps", "guidance", "guidance_interval", "shift")
+_STREAMED = ("window", "sink", "ratio", "variant")
+
+
 def check(args: argparse.Namespace, name: str):
   """Raises ValueError on flags that would do nothing, by which figures would be told falsely."""
   preset = SAMPLING_PRESETS[name]
-  solved, streamed = (
-    ("steps", "guidance", "guidance_interval", "shift"),
-    ("window", "sink", "ratio", "variant"),
-  )
-  idle = [*(() if preset.solver else solved), *(streamed if preset.bidirectional else ())]
+  idle = [*(() if preset.solver else _SOLVED), *(_STREAMED if preset.bidirectional else ())]
+  _refuse(args, idle, f"for weights of the preset {name}")
+  if preset.solver and (preset.guidance if args.guidance is None else args.guidance) == 1:
+    _refuse(args, ["guidance_interval"], "without guidance")
+
+
+def _refuse(args: argparse.Namespace, idle: Sequence[str], where: str):
   given = [f"--{flag}" for flag in idle if getattr(args, flag) not in (None, 0)]
   if given:
-    raise ValueError(
-      f"{', '.join(given)} would do nothing for weights of the preset {name}; leave it out."
-    )
+    raise ValueError(f"{', '.join(given)} would do nothing {where}; leave it out.")
 
 
 def score(args: argparse.Namespace) -> dict[str, Any]:
   """Figures by their names, and sheets and details in files."""
   prompts, source = shapes.prompts("held_out", args.prompts, _SEED), None
+  if args.vae or args.truth or args.trajectories:
+    _refuse(args, _SOLVED + _STREAMED, "where no model makes videos")
+    if len(args.at) > 1:
+      raise ValueError("Clips are as long as they are; leave out --at.")
   if args.trajectories:
+    if args.frames != FRAMES:
+      raise ValueError("Trajectories are as long as they are; leave out --frames.")
     source = open_source("trajectories", args.trajectories)
     prompts = [source[i]["prompt"] for i in range(min(args.prompts, len(source)))]
+    for prompt in prompts:  # before all are decoded
+      shapes_words.read(prompt)
   # The first are judged from the beginning on.
   ends = [args.frames if i == 0 and at <= 5 else round(at * shapes.FPS) + 1
           for i, at in enumerate(args.at)]  # fmt: skip

@@ -73,7 +73,11 @@ class Resident:
     self._arrays: dict[str, Array] = {}
     self.nbytes = 0
     if name is not None:
-      self.add(name, made[0] if len(there) == len(found) else made[0][there])
+      whole = made[0]
+      for place, i in enumerate(there):  # where some are left out, the others move up
+        if place != i:
+          whole[place] = whole[i]
+      self.add(name, whole[: len(there)])
       self.nbytes = self._arrays[name].nbytes
 
   def add(self, name: str, rows: Shaped[np.ndarray, "n *d"]):

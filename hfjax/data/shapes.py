@@ -338,7 +338,7 @@ class Shapes:
   def scene(self, index: int) -> Scene:
     """What is seen in a clip; complete."""
     rng = np.random.default_rng(self._key(self.seed, index, 0))
-    must_spin = self.spins > 0 and rng.random() < self.spins
+    must_spin = np.random.default_rng(self._key(self.seed, index, 3)).random() < self.spins
     while True:
       scene = draw_scene(rng)
       if must_spin and all(thing.motion != "spin" for thing in scene.things):

@@ -66,7 +66,8 @@ class Recipe:
     try:
       teacher.kept_states(self.schedule, self.steps)
       guiding.count_texts(self.guidance)
-      guiding.check_interval(self.guidance_interval)
+      interval = guiding.as_interval(self.guidance_interval)
+      object.__setattr__(self, "guidance_interval", interval)
       if self.chunk:
         causal.chunk_spans(self.shape[0], self.chunk)
     except ValueError as e:

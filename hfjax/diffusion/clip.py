@@ -43,8 +43,7 @@ def sample_clip(
       f"{config.image_dim}, and gives {config.out_dim} channels; clips are sampled of "
       "text-to-video models."
     )
-  guiding.check_interval(interval)
-  interval = (float(interval[0]), float(interval[1]))
+  interval = guiding.as_interval(interval)
   wan.check_params(config, params)
   wan.check_latents(config, noise)
   text = guiding.join_texts(config, jnp.asarray(context), negative, guidance)

@@ -13,6 +13,7 @@ from hfjax.models.presets import WanConfig
 
 Interval = tuple[float, float]
 ALWAYS: Interval = (0.0, float(TRAIN_TIMESTEPS))
+_SAME = 0.01  # schedules give times a little off, such as 599.99994
 
 
 def guide(conditional: Array, unconditional: Array, scale: Array | float) -> Array:
@@ -28,12 +29,12 @@ def scale_at(scale: Array | float, interval: Interval, t: Float[Array, "b ..."])
   """
   if interval == ALWAYS:
     return scale
-  low, high = interval
+  low, high = interval[0] - _SAME, interval[1] + _SAME
   return jnp.where((t >= low) & (t <= high), scale, 1.0).reshape(*t.shape, *[1] * (5 - t.ndim))
 
 
-def check_interval(interval: Interval):
-  """Raises ValueError unless the interval is two times, the lower one first."""
+def as_interval(interval: Interval) -> Interval:
+  """Two times as floats; ValueError unless they are two from 0 to 1000, the lower one first."""
   try:
     low, high = interval
   except (TypeError, ValueError):
@@ -44,6 +45,7 @@ def check_interval(interval: Interval):
     checks.check_number("A time of the interval of guidance", time, 0, TRAIN_TIMESTEPS)
   if low > high:
     raise ValueError(f"Guidance is to be from time {low:g} up to {high:g}; give the lower first.")
+  return float(low), float(high)
 
 
 def count_texts(guidance: float) -> int:

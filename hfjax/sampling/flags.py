@@ -192,7 +192,7 @@ def _values(name: str, value: Any, source: str) -> list[Any]:
   values = value if isinstance(value, list) else [value]
   if any(isinstance(x, (dict, list)) for x in values):
     raise UsageError(f"{source}: the setting {name!r} is nested; give one value or a list.")
-  if name == "steps":
+  if isinstance(FLAGS[name].parser, flags.ListParser):
     return [",".join(map(str, values))]
   if len(values) > 1 and not several:
     raise UsageError(f"{source}: there are {len(values)} values of {name!r}; give one.")

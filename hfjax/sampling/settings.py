@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hfjax.diffusion.guidance import Interval, check_interval, count_texts
+from hfjax.diffusion.guidance import Interval, as_interval, count_texts
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models.geometry import Geometry
 from hfjax.models.sampling_presets import SAMPLING_PRESETS
@@ -99,13 +99,12 @@ def _interval(usual: Interval) -> Interval:
     return usual
   try:
     low, high = map(float, given)
-    check_interval((low, high))
+    return as_interval((low, high))
   except ValueError:
     raise UsageError(
       f"--guidance_interval is {','.join(given)!r}; give two times from 0 to 1000, the lower one "
       "first, such as 500,1000."
     ) from None
-  return low, high
 
 
 def _solver(usual: str | None) -> str | None:

@@ -30,7 +30,8 @@ class StreamConfig:
   guidance: scale of classifier-free guidance; 1 for none. Otherwise a sample has two texts, and
     the state twice the rows: those under the prompts, and behind them those under the negative
     prompts.
-  guidance_interval: times from and up to which there is guidance.
+  guidance_interval: times from and up to which, both included, there is guidance. Elsewhere the
+    flow is that under the prompt; both texts are worked on there too.
   context_timestep: time at which clean latents are committed.
   dtype: compute dtype, "float32" or "bfloat16"; parameters stay as they are.
   remat: recompute blocks in backward passes.
@@ -82,8 +83,8 @@ class StreamConfig:
         "model of few steps."
       )
     guiding.count_texts(self.guidance)  # checks the scale
-    guiding.check_interval(self.guidance_interval)
-    object.__setattr__(self, "guidance_interval", tuple(map(float, self.guidance_interval)))
+    interval = guiding.as_interval(self.guidance_interval)
+    object.__setattr__(self, "guidance_interval", interval)
     checks.check_number("context_timestep", self.context_timestep, 0, TRAIN_TIMESTEPS)
     if not isinstance(self.steps, Iterable):
       raise ValueError(f"The denoising steps are {self.steps!r}; give a list, such as (1000, 500).")

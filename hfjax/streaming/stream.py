@@ -64,8 +64,8 @@ class Stream:
       model's preset says, or a usual one. kept: see `LatentStream`.
     dtype: that is computed in, see `default_dtype`.
     settings: of `Geometry` (window, sink, chunk, ratio, rope_cap, block, variant) and of
-      `StreamConfig` (steps, warp, shift, solver, guidance). Where the model's preset says nothing
-      of one, their defaults hold.
+      `StreamConfig` (steps, warp, shift, solver, guidance, guidance_interval). Where the model's
+      preset says nothing of one, their defaults hold.
 
     Raises ValueError on sizes and settings that cannot work, with the nearest that can.
     """

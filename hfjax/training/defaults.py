@@ -94,7 +94,8 @@ def default_config() -> ConfigDict:
   c.flow.train_text_encoder = False  # together with the transformer
   c.flow.forcing = "none"
   c.flow.context_noise = 0.0
-  c.flow.guidance = 5.0  # of validation videos
+  c.flow.guidance = 5.0  # of validation videos, as the next two
+  c.flow.guidance_interval = (0.0, 1000.0)
   c.flow.solver_steps = 50
 
   # See distill.supervised.Regression; beside distribution matching, of frames alone.
@@ -187,6 +188,7 @@ def tiny_config() -> ConfigDict:
     group.shift = 3.0  # less than where frames are larger, as noise hides less of small ones
   c.flow.weighted = False
   c.flow.guidance = 3.0
+  c.flow.guidance_interval = (500.0, 1000.0)
   c.compute.fsdp = 1  # every device has all of it
   c.compute.backend = "xla"
   for optimizer in (c.optimizer, c.critic_optimizer):

@@ -330,6 +330,7 @@ def _checked(plan: Plan) -> Plan:
   # Those of validation videos, too.
   MultistepSolver("unipc", c.flow.solver_steps, c.flow.shift)
   guiding.count_texts(c.flow.guidance)
+  guiding.as_interval(c.flow.guidance_interval)
   for part in plan.parts:
     plan.part_shapes(part)  # finds targets of adapters that the model lacks
   return plan

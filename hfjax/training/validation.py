@@ -89,15 +89,19 @@ def _source(
   plan: Plan, model: Pipeline, prompts: list[str], size: tuple[int, int], frames: int
 ) -> Iterator[UInt8[Any, "b t y x 3"]]:
   c = plan.config
-  solver = MultistepSolver("unipc", c.flow.solver_steps, c.flow.shift)
+  solved = {
+    "solver": MultistepSolver("unipc", c.flow.solver_steps, c.flow.shift),
+    "guidance": c.flow.guidance,
+    "guidance_interval": tuple(c.flow.guidance_interval),
+  }
   if not plan.causal:
     return WholeClip(
-      model, prompts, size=size, frames=frames, solver=solver, guidance=c.flow.guidance,
+      model, prompts, size=size, frames=frames, **solved,
       negative_prompt=c.text.negative, seed=c.validation.seed, dtype=c.compute.dtype,
     )  # fmt: skip
   settings = {name: c.geometry[name] for name in _GEOMETRY}
   if plan.stage == "flow":
-    settings |= {"solver": solver, "guidance": c.flow.guidance, "shift": c.flow.shift}
+    settings |= {**solved, "shift": c.flow.shift}
   else:
     settings |= dict(c.denoising)
   return Stream(

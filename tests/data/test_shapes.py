@@ -346,6 +346,10 @@ def test_a_share_of_clips_spins_and_no_held_out_one_among_them():
   # 0.12 spin of themselves; of 400 the share is off by 0.025, one standard deviation.
   assert spins(usual) < 0.22 and 0.45 < spins(more) < 0.67 and spins(all_) == 1
   assert not any(held_out(all_.scene(i)) for i in range(100))
+  spun = [any(t.motion == "spin" for t in usual.scene(i).things) for i in range(100)]
+  assert all(usual.scene(i) == all_.scene(i) for i in range(100) if spun[i])
+  same = sum(usual.scene(i) == more.scene(i) for i in range(100))
+  assert 35 < same < 80  # those of the other half are as they were
   assert len({usual.identity, more.identity, all_.identity}) == 3
   assert prompts("train", 9, 5, 0.5) == [more.prompt(i) for i in range(9)]
 

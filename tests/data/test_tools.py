@@ -99,6 +99,7 @@ MAKE = ["--weights", "random:tiny", "--prompts", "p.txt", "--out", "t", "--quiet
     (["--size", "100x96"], "multiples of 16"),
     (["--size", "big"], "The size is 'big'"),
     (["--shift", "nan"], "shift is nan"),
+    (["--guidance_interval", "900", "500"], "give the lower first"),
     (["--frames", "0"], "four sizes from 1"),
     (["--import_lmdb", "."], "holds no LMDB"),
   ],

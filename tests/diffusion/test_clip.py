@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hfjax.diffusion import guidance
 from hfjax.diffusion.clip import sample_clip
 from hfjax.diffusion.solvers import MultistepSolver
 from hfjax.models import wan
@@ -53,6 +54,15 @@ def test_guidance_in_an_interval_of_times():
   got = make(interval=interval)
   np.testing.assert_allclose(got, loop([context(2), NEGATIVE], 4.0, interval), rtol=0, atol=1e-5)
   assert np.abs(got - make()).max() > 0.01
+
+
+def test_ends_of_an_interval_count_and_roundings_of_times_do_not():
+  times = jnp.float32([599.99994, 600, 599, 900.00006, 901])
+  scale = guidance.scale_at(4.0, (600, 900), times)
+  assert scale.shape == (5, 1, 1, 1, 1) and scale.ravel().tolist() == [4, 4, 1, 4, 1]
+  assert guidance.scale_at(4.0, (0.0, 1000.0), times) == 4.0
+  each = guidance.scale_at(2.0, (600, 1000), jnp.float32([[700, 500, 600]]))
+  assert each.shape == (1, 3, 1, 1, 1) and each.ravel().tolist() == [2, 1, 2]
 
 
 def test_steps_scales_and_prompts_share_one_compilation_and_inputs_stay():

@@ -17,11 +17,18 @@ def here(tmp_path, monkeypatch):
 def test_a_file_holds_any_flags_and_the_command_line_goes_before_it():
   Path("night.yaml").write_text(
     "size: 64x32\nprompt: [a, b]\nsteps: [1000, 500]\nendless: true\nseed: 3\nguidance: 2.5\n"
+    "guidance_interval: [500, 1000.0]\n"
     "image:\n"
   )
   flags.parse(["--config=night.yaml", "--size=96x64"])
   assert FLAGS.size == "96x64" and FLAGS.prompt == ["a", "b"] and FLAGS.seed == [3]
   assert FLAGS.steps == ["1000", "500"] and FLAGS.endless and FLAGS.guidance == 2.5
+  assert FLAGS.guidance_interval == ["500", "1000.0"]
+  saved = {name: flags.set_flags()[name] for name in ("steps", "guidance_interval")}
+  flags.parse([])
+  flags.fill(saved, "a.json")  # as a saved stream, or the file beside a video, has them
+  assert flags.set_flags() == saved and FLAGS.guidance_interval == ["500", "1000.0"]
+  flags.parse(["--config=night.yaml", "--size=96x64"])
   assert FLAGS.image is None and FLAGS.window is None
   flags.parse(["--config=night.yaml", "--prompt=c", "--noendless"])
   assert FLAGS.prompt == ["c"] and not FLAGS.endless

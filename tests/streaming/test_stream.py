@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,20 @@ def test_what_is_no_state_of_this_model_is_refused():
   cut = {k: v for k, v in state.items() if k != "latents/state/length"}
   with pytest.raises(ValueError, match="state/length is missing"):
     Stream.from_state(s.model, cut)
+
+
+def test_a_state_of_before_there_were_intervals_of_guidance_is_guided_throughout():
+  given = {"solver": MultistepSolver(steps=3), "guidance": 4.0}
+  s = stream(**given)
+  next(s)
+  state = s.state()
+  about = json.loads(state["about"].tobytes())
+  assert about["config"].pop("guidance_interval") == [0, 1000]
+  old = state | {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+  np.testing.assert_array_equal(next(Stream.from_state(s.model, old)), next(s))
+  some = stream(**given, guidance_interval=(700, 1000))
+  again = Stream.from_state(some.model, some.state())
+  assert again.config == some.config and again.config.guidance_interval == (700, 1000)
 
 
 def test_guided_videos_keep_away_from_the_negative_prompt():

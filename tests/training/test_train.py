@@ -364,6 +364,7 @@ def test_what_was_learnt_before_the_data_fail_is_kept(tmp_path, capsys):
     ("validation.seed=-1", "validation.seed is -1"), ("seed=-1", "seed is -1"),
     ("validation.fps=100000", "validation.fps from 1 to 240"), ("checkpoint.keep=0", "keep is 0"),
     ("data.prefetch=-1", "prefetch is -1"), ("flow.guidance=-3.0", "guidance"),
+    ("flow.guidance_interval=(900.0,500.0)", "give the lower first"),
     ("flow.solver_steps=0", "steps"), ("flow.shift=0.0", "shift is 0"),
     ("optimizer.eps=0.0", "eps is 0"), ("teacher.dtype=foo", "teacher.dtype is 'foo'"),
     ("init_ema=True", "init is not"), ("lora.rank=100000", "lora.rank is 100000"),
