@@ -125,8 +125,7 @@ class Chain:
     few = self.args.smoke
     prompts = self.work / "prompts.txt"
     count = 4 if few else self.args.trajectories
-    if not prompts.exists():
-      prompts.write_text("\n".join(shapes.prompts("train", count, 1, SPINS)) + "\n")
+    prompts.write_text("\n".join(shapes.prompts("train", count, 1, SPINS)) + "\n")
     self.tool(
       "make_trajectories", "--weights", self.weights / "causal", "--prompts", prompts,
       "--size", "128x128", "--frames", 6 if few else 21, "--chunk", CHUNK, "--teacher_steps",

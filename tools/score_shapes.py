@@ -43,6 +43,8 @@ from hfjax.video import Preview, write_image
 FRAMES = 81  # that are judged by default, 5 seconds
 _SEED = 10_007  # of captions
 _SHOWN = 12
+_SOLVED = ("steps", "guidance", "guidance_interval", "shift")  # flags of teachers alone
+_STREAMED = ("window", "sink", "ratio", "variant")  # and of streams
 
 
 def windows(source: Any, ends: list[int], count: int) -> dict[int, np.ndarray]:
@@ -75,13 +77,9 @@ def make(model: pipeline.Pipeline, args: argparse.Namespace, prompts: list[str],
     solved = {"solver": solver, "guidance": guidance, "guidance_interval": tuple(interval)}
   if preset.bidirectional:
     return WholeClip(model, prompts, frames=args.frames, **common, **solved)
-  settings = {n: getattr(args, n) for n in ("window", "sink", "ratio", "variant")}
+  settings = {n: getattr(args, n) for n in _STREAMED}
   settings = {name: value for name, value in settings.items() if value is not None}
   return Stream(model, prompts, backend="xla", **common, **solved, **settings)
-
-
-_SOLVED = ("steps", "guidance", "guidance_interval", "shift")
-_STREAMED = ("window", "sink", "ratio", "variant")
 
 
 def check(args: argparse.Namespace, name: str):
@@ -104,7 +102,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
   prompts, source = shapes.prompts("held_out", args.prompts, _SEED), None
   if args.vae or args.truth or args.trajectories:
     _refuse(args, _SOLVED + _STREAMED, "where no model makes videos")
-    if len(args.at) > 1:
+    if args.at != [5.0]:
       raise ValueError("Clips are as long as they are; leave out --at.")
   if args.trajectories:
     if args.frames != FRAMES:

@@ -40,7 +40,10 @@ from hfjax.training.update import COUNTS, Part, init_part
 # What earlier versions could set and this one cannot, and what it was by default.
 _GONE = {"distill.last_step_only": False}
 # What a run may change when it goes on.
-_FREE = ("steps", "most_skipped", "init", "init_ema", "data.prefetch", "text.device")
+_FREE = (
+  "steps", "most_skipped", "init", "init_ema", "data.prefetch", "text.device",
+  "flow.guidance", "flow.guidance_interval", "flow.solver_steps",  # of validation videos
+)  # fmt: skip
 _FREE_GROUPS = ("checkpoint", "log", "validation", "compute")
 
 

@@ -101,7 +101,7 @@ def test_the_ends_of_trajectories_are_scored_by_their_captions(tmp_path, capsys)
   assert details["videos"] == 3 and np.isclose(details["accuracy"], 2 / 3)
   assert score_shapes.main([*argv, "--window", "3"]) == 2
   assert "--window would do nothing where no model makes videos" in capsys.readouterr().err
-  for more in (["--at", "5", "60"], ["--frames", "33"]):
+  for more in (["--at", "5", "60"], ["--at", "60"], ["--frames", "33"]):
     assert score_shapes.main([*argv, *more]) == 2
     assert f"as they are; leave out {more[0]}" in capsys.readouterr().err
   assert score_shapes.main([*argv, "--vae"]) == 2

@@ -23,6 +23,7 @@ from tests.training.runs import (
   DECAY,
   FLOW,
   RATE,
+  ROOT,
   SMALL,
   START,
   STEPS,
@@ -321,6 +322,18 @@ def test_a_run_of_an_earlier_version_goes_on():
     loop._check_config(other, Path("w"), {"config": before})
   before["distill"]["last_step_only"] = True
   with pytest.raises(ConfigError, match="which differs in distill.last_step_only; go on"):
+    loop._check_config(now, Path("w"), {"config": before})
+
+
+def test_how_validation_videos_are_guided_may_change():
+  argv = [f"--config={ROOT / 'configs' / 'tiny_ode.py'}", "--workdir=unused"]
+  now = config.parse(argv).config
+  before = now.to_dict()
+  assert before["flow"].pop("guidance_interval") == (500, 1000)  # an earlier version had none
+  before["flow"] |= {"guidance": 5.0, "solver_steps": 7}
+  loop._check_config(now, Path("w"), {"config": before})
+  before["flow"]["shift"] = 4.0
+  with pytest.raises(ConfigError, match="which differs in flow.shift; go on"):
     loop._check_config(now, Path("w"), {"config": before})
 
 
